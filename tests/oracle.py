@@ -1,0 +1,337 @@
+"""The independent judge: FP4 formats and Mixture-of-Experts in NumPy float64.
+
+Written from the format definitions alone, so that it can disagree with the package. It imports
+neither jax nor jaxmoe. Weights arrive as raw bits (`Bits`), everything is decoded to float64 by
+integer arithmetic on those bits, and every sum runs in float64.
+
+Format definitions: OCP Microscaling Formats (MX) v1.0 for e2m1, e8m0, MXFP4 and MXFP8; OCP FP8
+(OFP8) v1.0 for e4m3; NVFP4 is e2m1 with an e4m3 scale per 16 elements and a float32 scale per tensor.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK_SIZES = {"nvfp4": 16, "mxfp4": 32, "mxfp8": 32, "fp8": None, "bf16": None}
+
+
+# --- formats ------------------------------------------------------------------------------------
+
+
+def _minifloat(bits: np.ndarray, exponent_bits: int, mantissa_bits: int, bias: int) -> np.ndarray:
+    """Value of sign | exponent | mantissa, with subnormals and without any special code."""
+    bits = np.asarray(bits, dtype=np.int64)
+    mantissa = bits & ((1 << mantissa_bits) - 1)
+    exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1)
+    sign = np.where(bits >> (mantissa_bits + exponent_bits) & 1, -1.0, 1.0)
+    significand = mantissa + np.where(exponent > 0, 1 << mantissa_bits, 0)
+    return sign * np.ldexp(
+        significand.astype(np.float64), np.maximum(exponent, 1) - bias - mantissa_bits
+    )
+
+
+def decode_e2m1(bits: np.ndarray) -> np.ndarray:
+    """4-bit codes -> float64: 1 sign, 2 exponent (bias 1), 1 mantissa bit; no infinity, no NaN."""
+    return _minifloat(bits, 2, 1, 1)
+
+
+def decode_e4m3(bits: np.ndarray) -> np.ndarray:
+    """8-bit codes -> float64: 1 sign, 4 exponent (bias 7), 3 mantissa bits; S.1111.111 is NaN."""
+    bits = np.asarray(bits)
+    return np.where((bits & 0x7F) == 0x7F, np.nan, _minifloat(bits, 4, 3, 7))
+
+
+def decode_e8m0(bits: np.ndarray) -> np.ndarray:
+    """8-bit codes -> float64: 2^(b - 127); 0xFF is NaN."""
+    bits = np.asarray(bits, dtype=np.int64)
+    return np.where(bits == 0xFF, np.nan, np.ldexp(1.0, bits - 127))
+
+
+def decode_bf16(bits: np.ndarray) -> np.ndarray:
+    """uint16 codes -> float64: the upper half of a float32."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes quiet
+        return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def unpack_nibbles(packed: np.ndarray) -> np.ndarray:
+    """uint8[..., K/2] -> codes[..., K]; even k in the low nibble."""
+    packed = np.asarray(packed, dtype=np.uint8)
+    pairs = np.stack([packed & 0xF, packed >> 4], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+@dataclass(frozen=True)
+class Bits:
+    """A weight as its stored bits.
+
+    data: uint8[..., K/2] (packed e2m1), uint8[..., K] (e4m3) or uint16[..., K] (bf16).
+    scale: uint8[..., K/block] codes (e4m3 for nvfp4, e8m0 for mxfp4 and mxfp8), else None.
+    global_scale: float32 of shape data.shape[:-2] (nvfp4, fp8), else None.
+    """
+
+    format: str
+    data: np.ndarray
+    scale: np.ndarray | None = None
+    global_scale: np.ndarray | None = None
+
+    def decode(self) -> np.ndarray:
+        """float64[..., K]: element * block scale * global scale."""
+        if self.format in ("nvfp4", "mxfp4"):
+            values = decode_e2m1(unpack_nibbles(self.data))
+        elif self.format in ("mxfp8", "fp8"):
+            values = decode_e4m3(self.data)
+        else:
+            values = decode_bf16(self.data)
+        if self.scale is not None:
+            decode_scale = decode_e4m3 if self.format == "nvfp4" else decode_e8m0
+            scale = decode_scale(self.scale)
+            values = values * np.repeat(scale, BLOCK_SIZES[self.format], axis=-1)
+        if self.global_scale is not None:
+            values = values * np.asarray(self.global_scale, np.float64)[..., None, None]
+        return values
+
+
+Weight = Bits | np.ndarray
+
+
+def _decoded(w: Weight) -> np.ndarray:
+    return w.decode() if isinstance(w, Bits) else np.asarray(w).astype(np.float64)
+
+
+# --- activations --------------------------------------------------------------------------------
+# Each returns (value, d value/d gate, d value/d up). Non-gated ones take up = None and return None
+# for its derivative. Where a clamp is active its derivative is zero.
+
+
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    small = np.exp(-np.abs(z))
+    return np.where(z >= 0, 1.0, small) / (1.0 + small)
+
+
+def _silu(z, slope=1.0):
+    s = _sigmoid(slope * z)
+    return z * s, s + slope * z * s * (1.0 - s)
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def _gelu(z):
+    cdf = 0.5 * (1.0 + _erf(z / math.sqrt(2.0)))
+    return z * cdf, cdf + z * np.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
+
+
+def _gelu_tanh(z):
+    c, a = math.sqrt(2.0 / math.pi), 0.044715
+    t = np.tanh(c * (z + a * z**3))
+    return 0.5 * z * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * c * (
+        1.0 + 3 * a * z * z
+    )
+
+
+def _swiglu(gate, up, alpha=1.0, beta=0.0, limit=np.inf):
+    clamped, linear = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    value, slope = _silu(clamped, alpha)
+    return (
+        value * (linear + beta),
+        slope * (gate < limit) * (linear + beta),
+        value * (np.abs(up) < limit),
+    )
+
+
+def _swiglu_step(gate, up, limit=7.0):
+    value, slope = _silu(gate)
+    capped, linear = np.minimum(value, limit), np.clip(up, -limit, limit)
+    return capped * linear, slope * (value < limit) * linear, capped * (np.abs(up) < limit)
+
+
+def _situ(gate, up, gate_bound=4.0, up_bound=25.0):
+    tg, tu, s = np.tanh(gate / gate_bound), np.tanh(up / up_bound), _sigmoid(gate)
+    value = gate_bound * tg * s
+    slope = (1.0 - tg * tg) * s + gate_bound * tg * s * (1.0 - s)
+    return value * up_bound * tu, slope * up_bound * tu, value * (1.0 - tu * tu)
+
+
+def _times_up(function):
+    def gated(gate, up):
+        value, slope = function(gate)
+        return value * up, slope * up, value
+
+    return gated
+
+
+def _alone(function):
+    def plain(gate, up):
+        assert up is None
+        return (*function(gate), None)
+
+    return plain
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    "swiglu": _swiglu,
+    "swiglu_step": _swiglu_step,
+    "geglu": _times_up(_gelu),
+    "geglu_tanh": _times_up(_gelu_tanh),
+    "situ": _situ,
+    "relu2": _alone(lambda z: (np.maximum(z, 0.0) ** 2, 2.0 * np.maximum(z, 0.0))),
+    "silu": _alone(_silu),
+    "gelu": _alone(_gelu),
+    "gelu_tanh": _alone(_gelu_tanh),
+    "relu": _alone(lambda z: (np.maximum(z, 0.0), (z > 0).astype(np.float64))),
+    "identity": _alone(lambda z: (z, np.ones_like(z))),
+}
+GATED = frozenset({"swiglu", "swiglu_step", "geglu", "geglu_tanh", "situ"})
+
+
+def activate(name: str, hidden: np.ndarray, params: tuple[float, ...] = ()):
+    """hidden[..., 2I] = [gate; up], or [..., I] -> value[..., I] and its two derivatives."""
+    if name in GATED:
+        gate, up = np.split(hidden, 2, axis=-1)
+        return ACTIVATIONS[name](gate, up, *params)
+    return ACTIVATIONS[name](hidden, None, *params)
+
+
+# --- operations ---------------------------------------------------------------------------------
+
+
+def _expert_params(params, expert: int) -> tuple[float, ...]:
+    """One expert's activation parameters; each is a number or one number per local expert."""
+    return tuple(float(p if np.ndim(p) == 0 else np.asarray(p, np.float64)[expert]) for p in params)
+
+
+def _local_pairs(expert_ids: np.ndarray, expert_offset: int, num_local: int):
+    """Yields (local expert, tokens, slots) for ids inside [offset, offset + num_local)."""
+    local = np.asarray(expert_ids, np.int64) - int(expert_offset)
+    for expert in range(num_local):
+        tokens, slots = np.nonzero(local == expert)
+        if tokens.size:
+            yield expert, tokens, slots
+
+
+def moe_mlp(
+    x,
+    gate_up: Weight,
+    down: Weight,
+    expert_ids,
+    weights,
+    *,
+    activation: str = "swiglu",
+    params=(),
+    gate_up_bias=None,
+    down_bias=None,
+    expert_offset: int = 0,
+    weight_on_input: bool = False,
+) -> np.ndarray:
+    """float64[T, H]: sum over slots of weight * (act(x gate_up^T + bias) down^T + bias)."""
+    return moe_mlp_pairs(
+        x, gate_up, down, expert_ids, weights, activation=activation, params=params,
+        gate_up_bias=gate_up_bias, down_bias=down_bias, expert_offset=expert_offset,
+        weight_on_input=weight_on_input,
+    ).sum(axis=1)  # fmt: skip
+
+
+def moe_mlp_pairs(
+    x, gate_up, down, expert_ids, weights, *, activation="swiglu", params=(), gate_up_bias=None,
+    down_bias=None, expert_offset=0, weight_on_input=False,
+) -> np.ndarray:  # fmt: skip
+    """float64[T, k, H]: each slot's weighted contribution; zero where the id is not local."""
+    x, weights = np.asarray(x).astype(np.float64), np.asarray(weights).astype(np.float64)
+    first, second = _decoded(gate_up), _decoded(down)
+    out = np.zeros((*np.shape(expert_ids), second.shape[1]))
+    for expert, tokens, slots in _local_pairs(expert_ids, expert_offset, first.shape[0]):
+        weight = weights[tokens, slots][:, None]
+        rows = x[tokens] * weight if weight_on_input else x[tokens]
+        hidden = rows @ first[expert].T
+        if gate_up_bias is not None:
+            hidden = hidden + np.asarray(gate_up_bias, np.float64)[expert]
+        value, _, _ = activate(activation, hidden, _expert_params(params, expert))
+        result = value @ second[expert].T
+        if down_bias is not None:
+            result = result + np.asarray(down_bias, np.float64)[expert]
+        out[tokens, slots] = result if weight_on_input else weight * result
+    return out
+
+
+def moe_mlp_gradients(
+    cotangent, x, gate_up, down, expert_ids, weights, *, activation="swiglu", params=(),
+    gate_up_bias=None, down_bias=None, expert_offset=0, weight_on_input=False,
+) -> Mapping[str, np.ndarray]:  # fmt: skip
+    """Gradients of sum(cotangent * moe_mlp(...)) in float64, by the chain rule written out.
+
+    Keys: x[T, H], weights[T, k], gate_up_bias[E, 2I], down_bias[E, H], gate_up[E, 2I, H],
+    down[E, H, I]; the biases' gradients are given whether or not a bias was.
+    """
+    x, weights = np.asarray(x).astype(np.float64), np.asarray(weights).astype(np.float64)
+    cotangent = np.asarray(cotangent).astype(np.float64)
+    first, second = _decoded(gate_up), _decoded(down)
+    grads = {
+        "x": np.zeros_like(x),
+        "weights": np.zeros_like(weights),
+        "gate_up_bias": np.zeros(first.shape[:2]),
+        "down_bias": np.zeros(second.shape[:2]),
+        "gate_up": np.zeros_like(first),
+        "down": np.zeros_like(second),
+    }
+    for expert, tokens, slots in _local_pairs(expert_ids, expert_offset, first.shape[0]):
+        weight = weights[tokens, slots][:, None]
+        rows = x[tokens] * weight if weight_on_input else x[tokens]
+        hidden = rows @ first[expert].T
+        if gate_up_bias is not None:
+            hidden = hidden + np.asarray(gate_up_bias, np.float64)[expert]
+        value, d_gate, d_up = activate(activation, hidden, _expert_params(params, expert))
+        result = value @ second[expert].T
+        if down_bias is not None:
+            result = result + np.asarray(down_bias, np.float64)[expert]
+
+        d_result = cotangent[tokens] if weight_on_input else cotangent[tokens] * weight
+        d_value = d_result @ second[expert]
+        d_hidden = d_value * d_gate
+        if d_up is not None:
+            d_hidden = np.concatenate([d_hidden, d_value * d_up], axis=-1)
+        d_rows = d_hidden @ first[expert]
+        if weight_on_input:
+            d_weight, d_x = (d_rows * x[tokens]).sum(-1), d_rows * weight
+        else:
+            d_weight, d_x = (cotangent[tokens] * result).sum(-1), d_rows
+        np.add.at(grads["x"], tokens, d_x)
+        grads["weights"][tokens, slots] = d_weight
+        grads["gate_up_bias"][expert] = d_hidden.sum(0)
+        grads["down_bias"][expert] = d_result.sum(0)
+        grads["gate_up"][expert] = d_hidden.T @ rows
+        grads["down"][expert] = d_result.T @ value
+    return grads
+
+
+def _groups(group_sizes, group_offset: int, num_local: int, num_rows: int):
+    """Yields (local group, first row, past-the-last row) of the groups that the weights cover."""
+    ends = np.cumsum(np.asarray(group_sizes, np.int64))
+    for group, end in enumerate(ends):
+        local, start = group - int(group_offset), end - int(group_sizes[group])
+        if 0 <= local < num_local:
+            yield local, min(start, num_rows), min(end, num_rows)
+
+
+def grouped_matmul(x, w: Weight, group_sizes, *, bias=None, group_offset: int = 0) -> np.ndarray:
+    """float64[M, N]: rows of group g times w[g - offset]^T plus bias; all other rows zero."""
+    x, w = np.asarray(x).astype(np.float64), _decoded(w)
+    out = np.zeros((x.shape[0], w.shape[1]))
+    for group, start, end in _groups(group_sizes, group_offset, w.shape[0], x.shape[0]):
+        out[start:end] = x[start:end] @ w[group].T
+        if bias is not None:
+            out[start:end] += np.asarray(bias, np.float64)[group]
+    return out
+
+
+def grouped_matmul_gradients(cotangent, x, w: Weight, group_sizes, *, group_offset: int = 0):
+    """Gradients of sum(cotangent * grouped_matmul(...)): keys x[M, K], bias[E, N], w[E, N, K]."""
+    x, w = np.asarray(x).astype(np.float64), _decoded(w)
+    cotangent = np.asarray(cotangent).astype(np.float64)
+    grads = {"x": np.zeros_like(x), "bias": np.zeros(w.shape[:2]), "w": np.zeros_like(w)}
+    for group, start, end in _groups(group_sizes, group_offset, w.shape[0], x.shape[0]):
+        grads["x"][start:end] = cotangent[start:end] @ w[group]
+        grads["bias"][group] = cotangent[start:end].sum(0)
+        grads["w"][group] = cotangent[start:end].T @ x[start:end]
+    return grads

@@ -1,0 +1,199 @@
+"""The judge is judged: formats against ml_dtypes, gradients against differences, purity by AST."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import oracle
+import problems
+import pytest
+from problems import EDGES, GROUPED_EDGES, Spec
+
+
+def test_oracle_imports_numpy_and_the_standard_library_alone():
+    tree = ast.parse(Path(oracle.__file__).read_text())
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert names == {"numpy", "math", "collections.abc", "dataclasses"}
+
+
+@pytest.mark.parametrize(
+    ("decode", "dtype", "bits"),
+    [
+        (oracle.decode_e2m1, ml_dtypes.float4_e2m1fn, 4),
+        (oracle.decode_e4m3, ml_dtypes.float8_e4m3fn, 8),
+        (oracle.decode_e8m0, ml_dtypes.float8_e8m0fnu, 8),
+        (oracle.decode_bf16, ml_dtypes.bfloat16, 16),
+    ],
+)
+def test_every_code_decodes_as_ml_dtypes_does(decode, dtype, bits):
+    codes = np.arange(2**bits, dtype=np.uint16 if bits == 16 else np.uint8)
+    with np.errstate(invalid="ignore"):  # signalling NaN codes
+        got, want = decode(codes), codes.view(dtype).astype(np.float64)
+    np.testing.assert_array_equal(got, want)
+    number = ~np.isnan(want)
+    np.testing.assert_array_equal(np.signbit(got[number]), np.signbit(want[number]))
+
+
+def test_e2m1_table_and_nibble_order():
+    table = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    np.testing.assert_array_equal(oracle.decode_e2m1(np.arange(16)), table + [-v for v in table])
+    np.testing.assert_array_equal(oracle.unpack_nibbles(np.uint8([[0x21, 0xF3]])), [[1, 2, 3, 15]])
+
+
+def test_decode_applies_the_block_and_the_global_scale_where_they_belong():
+    data = np.full((2, 1, 16), 0x22, np.uint8)  # every element 1.0, K = 32
+    scale = np.uint8([[[0x38, 0x40]], [[0x30, 0x01]]])  # e4m3: 1, 2; 0.5, 2^-9
+    w = oracle.Bits("nvfp4", data, scale, np.float32([1.0, 4.0])).decode()
+    np.testing.assert_array_equal(w[0, 0], [1.0] * 16 + [2.0] * 16)
+    np.testing.assert_array_equal(w[1, 0], [2.0] * 16 + [2.0**-7] * 16)
+    mx = oracle.Bits("mxfp4", np.full((1, 1, 32), 0x22, np.uint8), np.uint8([[[127, 130]]]))
+    np.testing.assert_array_equal(mx.decode()[0, 0], [1.0] * 32 + [8.0] * 32)
+
+
+def test_moe_mlp_is_the_double_loop_of_the_definition():
+    p = problems.random_problem(
+        Spec(tokens=5, num_experts=4, num_total=6, expert_offset=1, bias=True)
+    )
+    first, second = p.gate_up.decode(), p.down.decode()
+    want = np.zeros((5, p.spec.hidden_size))
+    for t in range(5):
+        for j in range(2):
+            e = int(p.expert_ids[t, j]) - 1
+            if not 0 <= e < 4:
+                continue
+            h = first[e] @ p.x[t].astype(np.float64) + p.gate_up_bias[e]
+            gate, up = h[: len(h) // 2], h[len(h) // 2 :]
+            y = second[e] @ (gate / (1 + np.exp(-gate)) * up) + p.down_bias[e]
+            want[t] += float(p.weights[t, j]) * y
+    np.testing.assert_allclose(p.expected(), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", problems.ACTIVATIONS)
+@pytest.mark.parametrize("params", ["default", "uniform", "per_expert"])
+@pytest.mark.parametrize("weight_on_input", [False, True])
+def test_gradients_agree_with_central_differences(name, params, weight_on_input):
+    spec = Spec(
+        tokens=4, num_experts=3, num_total=4, top_k=1 if weight_on_input else 2, hidden_size=32,
+        intermediate_size=32, activation_name=name, params=params, bias=True,
+        weight_on_input=weight_on_input, seed=3,
+    )  # fmt: skip
+    p = problems.random_problem(spec)
+    rng = np.random.default_rng(0)
+    cotangent = rng.standard_normal((spec.tokens, spec.hidden_size))
+    # Everything in float64, so that differences are not limited by float32 inputs.
+    values = {
+        "x": p.x.astype(np.float64),
+        "weights": p.weights.astype(np.float64),
+        "gate_up_bias": p.gate_up_bias.astype(np.float64),
+        "down_bias": p.down_bias.astype(np.float64),
+        "gate_up": p.gate_up.decode(),
+        "down": p.down.decode(),
+    }
+
+    def call(function, v, *first):
+        kwargs = p.oracle_kwargs() | {k: v[k] for k in ("gate_up_bias", "down_bias")}
+        arguments = (v["x"], v["gate_up"], v["down"], p.expert_ids, v["weights"])
+        return function(*first, *arguments, **kwargs)
+
+    grads = call(oracle.moe_mlp_gradients, values, cotangent)
+    for key, value in values.items():
+        direction = rng.standard_normal(value.shape)
+        step = 1e-6
+        ends = [
+            (cotangent * call(oracle.moe_mlp, values | {key: value + s * direction})).sum()
+            for s in (step, -step)
+        ]
+        numeric, analytic = (ends[0] - ends[1]) / (2 * step), (grads[key] * direction).sum()
+        # A clamp's kink between the two ends costs at most the step; rounding costs 1e-16 / step.
+        assert numeric == pytest.approx(analytic, rel=2e-6, abs=2e-6), key
+
+
+def test_grouped_matmul_is_the_loop_of_the_definition():
+    spec = GROUPED_EDGES["offset"]
+    p = problems.random_grouped(spec)
+    w, want, start = p.w.decode(), np.zeros((spec.rows, spec.out_size)), 0
+    for g, size in enumerate(p.group_sizes):
+        for row in range(start, start + size):
+            if 0 <= g - spec.group_offset < spec.num_experts:
+                e = g - spec.group_offset
+                want[row] = w[e] @ p.x[row].astype(np.float64) + p.bias[e]
+        start += size
+    np.testing.assert_allclose(p.expected(), want, rtol=1e-12, atol=1e-12)
+
+
+def test_grouped_gradients_agree_with_central_differences():
+    spec = dataclasses.replace(GROUPED_EDGES["offset"], grouping="short")
+    p, rng = problems.random_grouped(spec), np.random.default_rng(1)
+    cotangent = rng.standard_normal((spec.rows, spec.out_size))
+    values = {"x": p.x.astype(np.float64), "w": p.w.decode(), "bias": p.bias.astype(np.float64)}
+
+    def call(v):
+        return oracle.grouped_matmul(v["x"], v["w"], p.group_sizes, bias=v["bias"], group_offset=3)
+
+    grads = oracle.grouped_matmul_gradients(
+        cotangent, values["x"], values["w"], p.group_sizes, group_offset=3
+    )
+    for key, value in values.items():
+        direction = rng.standard_normal(value.shape)
+        ends = [
+            (cotangent * call(values | {key: value + s * direction})).sum() for s in (1e-4, -1e-4)
+        ]
+        assert (ends[0] - ends[1]) / 2e-4 == pytest.approx((grads[key] * direction).sum(), rel=1e-8)
+
+
+@pytest.mark.parametrize("kind", problems.ROUTINGS)
+def test_every_routing_kind_is_what_it_says(kind):
+    ids = problems.make_routing(np.random.default_rng(0), kind, 64, 16, 4)
+    assert ids.dtype == np.int32
+    assert ids.shape == (64, 4)
+    inside = (ids >= 0) & (ids < 16)
+    distinct = np.array([len(set(row)) for row in ids.tolist()])
+    match kind:
+        case "none":
+            assert not inside.any()
+        case "out_of_range":
+            assert inside.any()
+            assert not inside.all()
+        case "single":
+            assert len(np.unique(ids)) == 1
+        case "sparse":
+            assert len(np.unique(ids)) == 2
+        case "duplicates":
+            assert distinct.min() < 4
+        case "hot":
+            assert len(np.unique(ids[:, 0])) == 1
+            assert distinct.min() == 4
+        case "skewed":
+            assert (ids == 0).any(1).mean() > 0.7
+            assert distinct.min() == 4
+        case "uniform" | "round_robin":
+            assert distinct.min() == 4
+            assert len(np.unique(ids)) == 16
+
+
+@pytest.mark.parametrize("name", problems.ACTIVATIONS)
+@pytest.mark.parametrize("weight_format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("params", ["default", "uniform", "per_expert"])
+def test_exact_problems_are_exact_and_not_trivial(name, weight_format, bias, params):
+    for seed in range(4):
+        spec = Spec(
+            activation_name=name, weight_format=weight_format, bias=bias, params=params, seed=seed,
+            top_k=1 + seed, intermediate_size=160,
+        )  # fmt: skip
+        p = problems.exact_problem(spec)  # asserts exactness
+        y = p.expected()
+        assert (y != 0).mean() > 0.5
+        assert len(np.unique(y)) > 16
+
+
+@pytest.mark.parametrize("spec", EDGES.values(), ids=EDGES.keys())
+def test_edge_problems_have_finite_and_moderate_answers(spec):
+    y = problems.random_problem(spec).expected()
+    assert np.isfinite(y).all()
+    assert np.abs(y).max(initial=0) < 1e4
+    empty = spec.tokens == 0 or spec.routing == "none" or spec.num_total == 4
+    assert empty or np.abs(y).max() > 1e-3
