@@ -1,0 +1,134 @@
+"""Kernels: one module per family behind one dispatch.
+
+To add a family: write `kernels/<family>.py` with `moe_mlp` and `grouped_matmul` of the signatures
+in `kernels/cpu.py`, add its layout to `LAYOUTS` and itself to `_FAMILIES`, and its rows to the
+capability table. Nothing else asks which family a variant belongs to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+import jax
+
+from jaxmoe import capability
+from jaxmoe.capability import TABLE, Problem, Resolution, Row
+from jaxmoe.experts import CANONICAL, ExpertWeights, Matrix, PreparedMatrix, is_plain
+from jaxmoe.kernels import cpu, panel, xla
+from jaxmoe.kernels.xla import MlpConfig
+from jaxmoe.quantization import QuantizedTensor
+
+LAYOUTS: Mapping[str, Callable[[QuantizedTensor, bool], PreparedMatrix]] = MappingProxyType(
+    {panel.NAME: panel.pack}
+)
+
+_FAMILIES: Mapping[str, ModuleType] = MappingProxyType({"cpu": cpu})
+_ROWS: Mapping[str, Row] = MappingProxyType({row.variant: row for row in TABLE})
+_disqualified: dict[str, str] = {}
+
+
+@functools.cache
+def _libraries() -> tuple[frozenset[str], frozenset[str]]:
+    """Built variants and the features of this machine's CPU, asked of the libraries once."""
+    built: set[str] = set()
+    features: set[str] = set()
+    for family in _FAMILIES.values():
+        module, _ = family.library()
+        if module is not None:
+            built |= set(module.manifest()["variants"])
+            features |= set(module.cpu_features())
+    return frozenset(built), frozenset(features)
+
+
+def installation() -> dict[str, Any]:
+    """What `Target` wants to know of this process: built variants, CPU features, failed tests."""
+    built, features = _libraries()
+    return {"built": built, "features": features, "disqualified": dict(_disqualified)}
+
+
+def select(problem: Problem, implementation: Any = None) -> Resolution:
+    """Resolves `problem` for the current target; the selected kernel has passed its self-test.
+
+    A variant is tested when it is first selected. One that fails is disqualified, with the reason
+    in every later `Resolution`, and the next best is taken.
+    """
+    while True:
+        resolution = capability.select(problem, implementation, **installation())
+        row = _ROWS[resolution.selected]
+        why = _FAMILIES[row.family].self_test(row.variant) if row.family in _FAMILIES else ""
+        if not why:
+            return resolution
+        _disqualified[row.variant] = why
+
+
+def layout_for(
+    experts: ExpertWeights | QuantizedTensor, variant: str | None, gated: bool
+) -> str:
+    """The layout that `variant`, or the variant selected for the current target, reads."""
+    w = experts if isinstance(experts, QuantizedTensor) else experts.down
+    if is_plain(w):
+        return CANONICAL
+    problem = Problem(
+        op="grouped_matmul" if isinstance(experts, QuantizedTensor) else "moe_mlp",
+        weight_format=w.format.name,
+        compute="auto",
+        activation_dtype="bfloat16",
+        activation="swiglu" if gated else "identity",
+        bias=False,
+        hidden_size=w.shape[1],
+        intermediate_size=w.shape[2],
+        num_experts=w.shape[0],
+        top_k=1,
+    )
+    return _ROWS[select(problem, variant).selected].layout
+
+
+def to_layout(w: Any, layout: str, *, gated: bool) -> PreparedMatrix:
+    """A canonical matrix in another layout."""
+    return LAYOUTS[layout](w, gated)
+
+
+def lay_out(weights: Any, resolution: Resolution, gated: bool) -> Any:
+    """`weights` as the selected variant reads them: as they are, or rearranged inside this call.
+
+    Raises:
+      ValueError: if they were prepared for a variant of another layout.
+    """
+    want = _ROWS[resolution.selected].layout
+    w = weights.down if isinstance(weights, ExpertWeights) else weights
+    have = w.layout if isinstance(w, PreparedMatrix) else CANONICAL
+    if have == want:
+        return weights
+    if have != CANONICAL:
+        raise ValueError(
+            f"weights were prepared in layout {have!r}, but {resolution.selected}, which was "
+            f"selected for this call, reads {want!r}; pass the canonical weights, or "
+            f"prepare(weights, {resolution.selected!r})"
+        )
+    if not isinstance(weights, ExpertWeights):
+        return to_layout(weights, want, gated=gated)
+    return dataclasses.replace(
+        weights,
+        gate_up=to_layout(weights.gate_up, want, gated=gated),
+        down=to_layout(weights.down, want, gated=False),
+    )
+
+
+def moe_mlp(variant: str, config: MlpConfig, *operands: Any) -> jax.Array:
+    """Runs `variant`; the operands are those of `xla.moe_mlp`."""
+    family = _ROWS[variant].family
+    if family in _FAMILIES:
+        return _FAMILIES[family].moe_mlp(config, variant, *operands)
+    return xla.moe_mlp(config, *operands)
+
+
+def grouped_matmul(variant: str, *operands: Any) -> jax.Array:
+    """Runs `variant`; the operands are those of `xla.grouped_matmul`."""
+    family = _ROWS[variant].family
+    if family in _FAMILIES:
+        return _FAMILIES[family].grouped_matmul(variant, *operands)
+    return xla.grouped_matmul(*operands)

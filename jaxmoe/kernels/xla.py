@@ -1,0 +1,314 @@
+"""The kernels in JAX alone: any device, any format, and the gradients of every other variant.
+
+Rows are sorted by expert and cut into blocks (`blocks.py`); a loop over the blocks in use
+dequantises a few experts at a time. Work is proportional to the rows, not to rows times experts,
+and at no time are all dequantised experts in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.activations import Activation
+from jaxmoe.experts import ExpertWeights, Matrix, PreparedMatrix, is_plain
+from jaxmoe.kernels import blocks as blk
+from jaxmoe.kernels import panel
+from jaxmoe.quantization import dequantize
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpConfig:
+    """What is static about one `moe_mlp` call."""
+
+    activation: type[Activation]
+    weight_on_input: bool
+
+
+def _dequantize(w: Matrix, expert: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Weights `[C, N, K]` of the given experts, and the f32 factor `[C]` that belongs to each.
+
+    For bf16 activations the factor is the global scale and the weights are e2m1 * block scale,
+    which bf16 holds exactly; for wider activations the factor is 1.
+    """
+    one = jnp.ones(expert.shape, jnp.float32)
+    if is_plain(w):
+        return w[expert].astype(dtype), one
+    part = panel.unpack(w, expert) if isinstance(w, PreparedMatrix) else w[expert]
+    if dtype != jnp.bfloat16 or part.global_scale is None:
+        return dequantize(part).astype(dtype), one
+    unscaled = dataclasses.replace(part, global_scale=jnp.ones_like(part.global_scale))
+    return dequantize(unscaled).astype(dtype), part.global_scale
+
+
+def _step_weights(
+    experts: ExpertWeights, expert: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    return *_dequantize(experts.gate_up, expert, dtype), *_dequantize(experts.down, expert, dtype)
+
+
+def _product(a: jax.Array, w: jax.Array, factor: jax.Array) -> jax.Array:
+    """`a[C, B, K] @ w[C, N, K].T * factor[C]` with float32 accumulation."""
+    y = jnp.einsum(
+        "cbk,cnk->cbn", a, w, precision="highest", preferred_element_type=jnp.float32
+    )
+    return y * factor[:, None, None]
+
+
+def _compute_dtype(x: jax.Array) -> Any:
+    return x.dtype if x.dtype in (jnp.bfloat16, jnp.float16) else jnp.float32
+
+
+def _mlp_rows(
+    config: MlpConfig,
+    x: jax.Array,
+    weight: jax.Array,
+    w1: jax.Array,
+    f1: jax.Array,
+    w2: jax.Array,
+    f2: jax.Array,
+    b1: jax.Array | None,
+    b2: jax.Array | None,
+    params: jax.Array,
+) -> jax.Array:
+    """The expert MLP of one step: `x[C, B, H]`, routing weight `[C, B]` -> `f32[C, B, H]`."""
+    dtype = x.dtype
+    if config.weight_on_input:
+        x = (x.astype(jnp.float32) * weight[..., None]).astype(dtype)
+    a = _product(x, w1, f1)
+    if b1 is not None:
+        a = a + b1[:, None, :]
+    p = [params[i, :, None, None] for i in range(params.shape[0])]
+    parts = jnp.split(a, 2, axis=-1) if config.activation.gated else [a]
+    h = config.activation.formula(*parts, *p)
+    y = _product(h.astype(dtype), w2, f2)
+    if b2 is not None:
+        y = y + b2[:, None, :]
+    return y if config.weight_on_input else y * weight[..., None]
+
+
+def _optional(a: jax.Array | None, expert: jax.Array) -> jax.Array | None:
+    return None if a is None else a[expert].astype(jnp.float32)
+
+
+def _expert_bytes(experts: ExpertWeights, gated: bool) -> int:
+    return 4 * experts.hidden_size * experts.intermediate_size * (3 if gated else 2)
+
+
+def moe_mlp(
+    config: MlpConfig,
+    x: jax.Array,
+    experts: ExpertWeights,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    params: jax.Array,
+    expert_offset: jax.Array,
+) -> jax.Array:
+    """Sorts, gathers, multiplies, activates, multiplies, combines; see `jaxmoe.moe_mlp`."""
+    t, k = expert_ids.shape
+    dtype = _compute_dtype(x)
+    blocks = blk.by_expert(
+        expert_ids,
+        experts.num_experts,
+        expert_offset,
+        _expert_bytes(experts, config.activation.gated),
+    )
+    flat = weights.reshape(-1).astype(jnp.float32)
+
+    def body(expert: jax.Array, row: jax.Array, y: jax.Array) -> jax.Array:
+        part = _mlp_rows(
+            config,
+            blk.take_rows(x, jnp.where(row < t * k, row // k, t)).astype(dtype),
+            blk.take_rows(flat, row),
+            *_step_weights(experts, expert, dtype),
+            _optional(experts.gate_up_bias, expert),
+            _optional(experts.down_bias, expert),
+            params[:, expert],
+        )
+        return blk.put_rows(y, row, part)
+
+    y = blk.fold(blocks, body, jnp.zeros((t * k, x.shape[1]), jnp.float32))
+    return _combine(y, t, k).astype(x.dtype)
+
+
+def _combine(y: jax.Array, t: int, k: int) -> jax.Array:
+    """Sum of the k contributions of each token, in the order of the choices."""
+    y = y.reshape(t, k, -1)
+    total = y[:, 0]
+    for j in range(1, k):
+        total = total + y[:, j]
+    return total
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MlpGradients:
+    """Cotangents of `moe_mlp`; an entry is None where the input was absent or is frozen."""
+
+    x: jax.Array
+    weights: jax.Array
+    gate_up: jax.Array | None
+    down: jax.Array | None
+    gate_up_bias: jax.Array | None
+    down_bias: jax.Array | None
+
+
+def moe_mlp_gradients(
+    config: MlpConfig,
+    x: jax.Array,
+    experts: ExpertWeights,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    params: jax.Array,
+    expert_offset: jax.Array,
+    cotangent: jax.Array,
+) -> MlpGradients:
+    """Pulls `cotangent[T, H]` back, recomputing the forward pass block by block."""
+    t, k = expert_ids.shape
+    dtype = _compute_dtype(x)
+    blocks = blk.by_expert(
+        expert_ids,
+        experts.num_experts,
+        expert_offset,
+        _expert_bytes(experts, config.activation.gated),
+    )
+    flat = weights.reshape(-1).astype(jnp.float32)
+    trainable = is_plain(experts.down)
+
+    def zeros(a: Any) -> jax.Array | None:
+        return None if a is None else jnp.zeros(a.shape, jnp.float32)
+
+    init = MlpGradients(
+        x=jnp.zeros((t * k, x.shape[1]), jnp.float32),
+        weights=jnp.zeros(t * k, jnp.float32),
+        gate_up=zeros(experts.gate_up) if trainable else None,
+        down=zeros(experts.down) if trainable else None,
+        gate_up_bias=zeros(experts.gate_up_bias),
+        down_bias=zeros(experts.down_bias),
+    )
+
+    def body(expert: jax.Array, row: jax.Array, g: MlpGradients) -> MlpGradients:
+        token = jnp.where(row < t * k, row // k, t)
+        w1, f1, w2, f2 = _step_weights(experts, expert, dtype)
+
+        def forward(xb: Any, wb: Any, w: Any, b: Any) -> jax.Array:
+            w1_, w2_ = w if trainable else (w1, w2)
+            return _mlp_rows(config, xb, wb, w1_, f1, w2_, f2, *b, params[:, expert])
+
+        _, pull = jax.vjp(
+            forward,
+            blk.take_rows(x, token).astype(dtype),
+            blk.take_rows(flat, row),
+            (w1, w2) if trainable else None,
+            (_optional(experts.gate_up_bias, expert), _optional(experts.down_bias, expert)),
+        )
+        dx, dweight, dw, (db1, db2) = pull(blk.take_rows(cotangent, token).astype(jnp.float32))
+
+        def add(total: jax.Array | None, value: jax.Array | None) -> jax.Array | None:
+            if total is None or value is None:
+                return total
+            return blk.add_by_expert(total, expert, value.astype(jnp.float32))
+
+        return MlpGradients(
+            x=blk.put_rows(g.x, row, dx),
+            weights=blk.put_rows(g.weights, row, dweight),
+            gate_up=add(g.gate_up, dw[0] if trainable else None),
+            down=add(g.down, dw[1] if trainable else None),
+            gate_up_bias=add(g.gate_up_bias, db1),
+            down_bias=add(g.down_bias, db2),
+        )
+
+    g = blk.fold(blocks, body, init)
+
+    def like(total: jax.Array | None, a: Any) -> jax.Array | None:
+        return None if total is None else total.astype(a.dtype)
+
+    return MlpGradients(
+        x=_combine(g.x, t, k).astype(x.dtype),
+        weights=g.weights.reshape(t, k).astype(weights.dtype),
+        gate_up=like(g.gate_up, experts.gate_up),
+        down=like(g.down, experts.down),
+        gate_up_bias=like(g.gate_up_bias, experts.gate_up_bias),
+        down_bias=like(g.down_bias, experts.down_bias),
+    )
+
+
+def grouped_matmul(
+    x: jax.Array,
+    w: Matrix,
+    group_sizes: jax.Array,
+    bias: jax.Array | None,
+    group_offset: jax.Array,
+    out_dtype: Any,
+) -> jax.Array:
+    """Product of each group's rows with its expert's matrix; see `jaxmoe.grouped_matmul`."""
+    e, n, k = w.shape
+    dtype = _compute_dtype(x)
+    blocks = blk.by_group(group_sizes, e, group_offset, x.shape[0], 4 * n * k)
+
+    def body(expert: jax.Array, row: jax.Array, y: jax.Array) -> jax.Array:
+        part = _product(blk.take_rows(x, row).astype(dtype), *_dequantize(w, expert, dtype))
+        if bias is not None:
+            part = part + bias[expert].astype(jnp.float32)[:, None, :]
+        return blk.put_rows(y, row, part)
+
+    return blk.fold(blocks, body, jnp.zeros((x.shape[0], n), out_dtype))
+
+
+def grouped_matmul_gradients(
+    x: jax.Array,
+    w: Matrix,
+    group_sizes: jax.Array,
+    bias: jax.Array | None,
+    group_offset: jax.Array,
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Cotangents of x, w (None if quantised) and bias (None if absent)."""
+    e, n, k = w.shape
+    dtype = _compute_dtype(x)
+    blocks = blk.by_group(group_sizes, e, group_offset, x.shape[0], 4 * n * k)
+    trainable = is_plain(w)
+    init = (
+        jnp.zeros(x.shape, jnp.float32),
+        jnp.zeros(w.shape, jnp.float32) if trainable else None,
+        None if bias is None else jnp.zeros(bias.shape, jnp.float32),
+    )
+
+    def body(expert: jax.Array, row: jax.Array, g: Any) -> Any:
+        dx, dw, db = g
+        dy = blk.take_rows(cotangent, row).astype(jnp.float32)
+        matrix, factor = _dequantize(w, expert, dtype)
+        scaled = (dy * factor[:, None, None]).astype(dtype)
+        dx = blk.put_rows(
+            dx,
+            row,
+            jnp.einsum(
+                "cbn,cnk->cbk",
+                scaled,
+                matrix,
+                precision="highest",
+                preferred_element_type=jnp.float32,
+            ),
+        )
+        if dw is not None:
+            part = jnp.einsum(
+                "cbn,cbk->cnk",
+                dy.astype(dtype),
+                blk.take_rows(x, row).astype(dtype),
+                precision="highest",
+                preferred_element_type=jnp.float32,
+            )
+            dw = blk.add_by_expert(dw, expert, part)
+        if db is not None:
+            db = blk.add_by_expert(db, expert, dy.sum(axis=1))
+        return dx, dw, db
+
+    dx, dw, db = blk.fold(blocks, body, init)
+    return (
+        dx.astype(x.dtype),
+        None if dw is None else dw.astype(w.dtype),
+        None if db is None else db.astype(bias.dtype),
+    )

@@ -1,0 +1,400 @@
+"""The public functions: `moe_mlp` and `grouped_matmul`, with their gradients and batching rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe import kernels
+from jaxmoe.activations import Activation, SwiGLU
+from jaxmoe.capability import Problem, Resolution
+from jaxmoe.experts import ExpertWeights, Matrix, check_bias, check_experts, check_matrix, is_plain
+from jaxmoe.kernels import xla
+from jaxmoe.kernels.xla import MlpConfig
+
+Implementation = str | Sequence[str] | None
+
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def moe_mlp(
+    x: jax.Array,
+    experts: ExpertWeights,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    *,
+    activation: Activation = SwiGLU(),  # noqa: B008  (frozen)
+    compute: str = "auto",
+    expert_offset: int | jax.Array = 0,
+    weight_on_input: bool = False,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """Applies each token's experts and adds up their weighted results.
+
+    >>> import jax, jaxmoe
+    >>> key = jax.random.key(0)
+    >>> experts = jaxmoe.ExpertWeights(
+    ...     jaxmoe.quantize(jax.random.normal(key, (8, 128, 64)), "nvfp4"),
+    ...     jaxmoe.quantize(jax.random.normal(key, (8, 64, 64)), "nvfp4"))
+    >>> x = jax.random.normal(key, (5, 64))
+    >>> route = jaxmoe.routing.Router.renormalize(top_k=2)
+    >>> ids, weights = route(jax.random.normal(key, (5, 8)))
+    >>> jaxmoe.moe_mlp(x, experts, ids, weights).shape
+    (5, 64)
+
+    For token t and choice j with expert `e = expert_ids[t, j] - expert_offset`:
+
+        h = activation(x[t] @ gate_up[e].T + gate_up_bias[e])
+        y[t] += weights[t, j] * (h @ down[e].T + down_bias[e])
+
+    No token is dropped and no routing is special: experts may be empty or take every token, an
+    expert may stand twice in a row, and ids outside `[expert_offset, expert_offset + E)`
+    contribute zero, so that the shards of expert parallelism add up to the whole. Weights are
+    exact; sums are float32; the result is rounded once to x's dtype. The same inputs give the same
+    bits.
+
+    Args:
+      x: tokens, `[T, H]`, float32, bfloat16 or float16.
+      experts: weights of the local experts; `prepare` them once where speed matters.
+      expert_ids: `i32[T, k]`, global ids.
+      weights: routing weights, floating-point `[T, k]`.
+      activation: what stands between the two products.
+      compute: `"w4a16"`, `"w4a8"`, `"w4a4"`, or `"auto"`, which takes what the weights call for
+        where this target has it, else the nearest more accurate arithmetic.
+      expert_offset: id of the first local expert; an int or an `i32[]` array.
+      weight_on_input: multiply x by the routing weight before the first product, and leave the
+        result unweighted (Llama 4).
+      implementation: None (the best that this target has; always works), the name of a provider or
+        variant (that one or an error), or a sequence of names (the first that is supported).
+
+    Returns:
+      `[T, H]` in x's dtype. Differentiable in x, weights, the biases, and unquantised matrices.
+
+    Raises:
+      ValueError: an argument does not fit; the message names it.
+      UnsupportedError: a requested implementation cannot run this; it carries every reason.
+
+    Source: Shazeer et al., "Outrageously Large Neural Networks", 2017, equation 1.
+    """
+    check_experts(experts, activation.gated)
+    _check_tokens(x, experts.hidden_size, "x", "[T, H]")
+    _check_routing(expert_ids, weights, x.shape[0])
+    expert_offset = _scalar(expert_offset, "expert_offset")
+    resolution = kernels.select(
+        moe_mlp_problem(x.dtype, experts, expert_ids.shape[1], activation, compute), implementation
+    )
+    call = _MlpCall(resolution.selected, MlpConfig(type(activation), weight_on_input))
+    return _moe_mlp(
+        call,
+        x,
+        kernels.lay_out(experts, resolution, activation.gated),
+        expert_ids,
+        weights,
+        activation.params(experts.num_experts),
+        expert_offset,
+    )
+
+
+def moe_mlp_problem(
+    dtype: Any, experts: ExpertWeights, top_k: int, activation: Activation, compute: str
+) -> Problem:
+    """The `Problem` that `moe_mlp` resolves for these arguments."""
+    return Problem(
+        op="moe_mlp",
+        weight_format=experts.format.name,
+        compute=compute,
+        activation_dtype=str(jnp.dtype(dtype)),
+        activation=activation.name,
+        bias=experts.gate_up_bias is not None or experts.down_bias is not None,
+        hidden_size=experts.hidden_size,
+        intermediate_size=experts.intermediate_size,
+        num_experts=experts.num_experts,
+        top_k=top_k,
+    )
+
+
+def grouped_matmul(
+    x: jax.Array,
+    w: Matrix,
+    group_sizes: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    group_offset: int | jax.Array | None = None,
+    preferred_element_type: Any = None,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """Multiplies each group of rows by its own FP4 matrix: `jax.lax.ragged_dot` for FP4 weights.
+
+    >>> import jax, jax.numpy as jnp, jaxmoe
+    >>> w = jaxmoe.quantize(jax.random.normal(jax.random.key(0), (3, 64, 32)), "mxfp4")
+    >>> x = jnp.ones((10, 32))
+    >>> jaxmoe.grouped_matmul(x, w, jnp.array([4, 0, 5])).shape   # row 9 is zero
+    (10, 64)
+
+    Unlike `ragged_dot`, whose right-hand side is `[G, K, N]`, the matrices are `[E, N, K]`: FP4
+    blocks run along K, which therefore comes last.
+
+    Args:
+      x: `[M, K]`, rows sorted by group; float32, bfloat16 or float16.
+      w: `[E, N, K]`; `prepare(w)` it once where speed matters.
+      group_sizes: `i32[G]`, rows of each group. Rows past their sum give zero.
+      bias: floating-point `[E, N]`, added to the rows of each group.
+      group_offset: w holds the matrices of groups `group_offset ... group_offset + E - 1`, and the
+        rows of all other groups give zero; an int or an `i32[]` array. None is 0.
+      preferred_element_type: dtype of the result; x's by default.
+      implementation: as in `moe_mlp`.
+
+    Returns:
+      `[M, N]`. Differentiable in x, bias, and an unquantised w.
+
+    Raises:
+      ValueError: an argument does not fit; the message names it.
+      UnsupportedError: a requested implementation cannot run this; it carries every reason.
+    """
+    check_matrix(w, "w")
+    e, n, k = w.shape
+    _check_tokens(x, k, "x", "[M, K]")
+    check_bias(bias, (e, n), "bias")
+    if group_sizes.ndim != 1 or group_sizes.dtype != jnp.int32:
+        raise ValueError(
+            "group_sizes must be an int32 array with one axis, got "
+            f"{group_sizes.dtype}{list(group_sizes.shape)}; convert it with .astype(jnp.int32)"
+        )
+    out_dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
+    if out_dtype not in _FLOATS:
+        raise ValueError(
+            f"preferred_element_type must be float32, bfloat16 or float16, got {out_dtype}"
+        )
+    offset = _scalar(0 if group_offset is None else group_offset, "group_offset")
+    problem = Problem(
+        op="grouped_matmul",
+        weight_format="bf16" if is_plain(w) else w.format.name,
+        activation_dtype=str(x.dtype),
+        activation="identity",
+        bias=bias is not None,
+        hidden_size=k,
+        intermediate_size=n,
+        num_experts=e,
+        top_k=1,
+    )
+    resolution = kernels.select(problem, implementation)
+    call = _GroupedCall(resolution.selected, out_dtype.name)
+    return _grouped_matmul(
+        call, x, kernels.lay_out(w, resolution, False), group_sizes, bias, offset
+    )
+
+
+def _check_tokens(x: jax.Array, k: int, name: str, axes: str) -> None:
+    if x.ndim != 2 or x.shape[1] != k:
+        raise ValueError(
+            f"{name} must have shape {axes} with {axes[-2]} = {k} as in the weights, got "
+            f"{tuple(x.shape)}; fold leading axes with reshape, or use jax.vmap"
+        )
+    if x.dtype not in _FLOATS:
+        raise ValueError(
+            f"{name} must be float32, bfloat16 or float16, got {x.dtype}; convert it with .astype"
+        )
+
+
+def _check_routing(expert_ids: jax.Array, weights: jax.Array, tokens: int) -> None:
+    if expert_ids.ndim != 2 or expert_ids.shape[0] != tokens or expert_ids.shape[1] == 0:
+        raise ValueError(
+            f"expert_ids must have shape [T, k] with T = {tokens} as in x and k >= 1, got "
+            f"{tuple(expert_ids.shape)}"
+        )
+    if expert_ids.dtype != jnp.int32:
+        raise ValueError(
+            f"expert_ids must be int32, got {expert_ids.dtype}; convert with .astype(jnp.int32)"
+        )
+    if weights.shape != expert_ids.shape:
+        raise ValueError(
+            f"weights must have the shape of expert_ids {tuple(expert_ids.shape)}, got "
+            f"{tuple(weights.shape)}"
+        )
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise ValueError(f"weights must be floating-point, got {weights.dtype}")
+
+
+def _scalar(value: int | jax.Array, name: str) -> jax.Array:
+    array = jnp.asarray(value)
+    if array.shape != () or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must be an int or an integer scalar array, got {array.dtype}"
+            f"{list(array.shape)}"
+        )
+    return array.astype(jnp.int32)
+
+
+# --- one call: custom_vjp outside, custom_vmap inside -----------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _MlpCall:
+    variant: str
+    config: MlpConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class _GroupedCall:
+    variant: str
+    out_dtype: str
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _moe_mlp(
+    call: _MlpCall,
+    x: jax.Array,
+    experts: ExpertWeights,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    params: jax.Array,
+    expert_offset: jax.Array,
+) -> jax.Array:
+    return _mlp_forward(call)((x, expert_ids, weights), (experts, params, expert_offset))
+
+
+def _moe_mlp_fwd(call: _MlpCall, *args: Any) -> tuple[jax.Array, Any]:
+    return _moe_mlp(call, *args), args
+
+
+def _moe_mlp_bwd(call: _MlpCall, residuals: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    x, experts, expert_ids, weights, params, expert_offset = residuals
+    g = _mlp_backward(call)(
+        (x, expert_ids, weights, cotangent), (experts, params, expert_offset)
+    )
+    experts_g = ExpertWeights(g.gate_up, g.down, g.gate_up_bias, g.down_bias)
+    return g.x, experts_g, None, g.weights, None, None
+
+
+_moe_mlp.defvjp(_moe_mlp_fwd, _moe_mlp_bwd)
+
+
+@functools.cache
+def _mlp_forward(call: _MlpCall) -> Callable[..., jax.Array]:
+    def forward(tokens: Any, shared: Any) -> jax.Array:
+        (x, expert_ids, weights), (experts, params, offset) = tokens, shared
+        return kernels.moe_mlp(
+            call.variant, call.config, x, experts, expert_ids, weights, params, offset
+        )
+
+    return _batched_by_folding(forward, foldable=lambda shared: True)
+
+
+@functools.cache
+def _mlp_backward(call: _MlpCall) -> Callable[..., xla.MlpGradients]:
+    def backward(tokens: Any, shared: Any) -> xla.MlpGradients:
+        (x, expert_ids, weights, cotangent), (experts, params, offset) = tokens, shared
+        return xla.moe_mlp_gradients(
+            call.config, x, experts, expert_ids, weights, params, offset, cotangent
+        )
+
+    def only_per_token(shared: Any) -> bool:
+        # Gradients of matrices and biases are sums over one batch entry's own tokens.
+        experts = shared[0]
+        biases = (experts.gate_up_bias, experts.down_bias)
+        return not is_plain(experts.down) and biases == (None, None)
+
+    return _batched_by_folding(backward, foldable=only_per_token)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(
+    call: _GroupedCall,
+    x: jax.Array,
+    w: Matrix,
+    group_sizes: jax.Array,
+    bias: jax.Array | None,
+    group_offset: jax.Array,
+) -> jax.Array:
+    return _grouped_forward(call)(x, w, group_sizes, bias, group_offset)
+
+
+def _grouped_fwd(call: _GroupedCall, *args: Any) -> tuple[jax.Array, Any]:
+    return _grouped_matmul(call, *args), args
+
+
+def _grouped_bwd(call: _GroupedCall, residuals: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    x, w, group_sizes, bias, group_offset = residuals
+    dx, dw, db = _grouped_backward(x, w, group_sizes, bias, group_offset, cotangent)
+    return dx, dw, None, db, None
+
+
+_grouped_matmul.defvjp(_grouped_fwd, _grouped_bwd)
+
+
+@functools.cache
+def _grouped_forward(call: _GroupedCall) -> Callable[..., jax.Array]:
+    def forward(
+        x: jax.Array, w: Matrix, sizes: jax.Array, bias: jax.Array | None, offset: jax.Array
+    ) -> jax.Array:
+        return kernels.grouped_matmul(
+            call.variant, x, w, sizes, bias, offset, jnp.dtype(call.out_dtype)
+        )
+
+    return _batched_in_turn(forward)
+
+
+def _batched_in_turn(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` with a batching rule that runs the batch in order."""
+    return jax.custom_batching.sequential_vmap(f)
+
+
+_grouped_backward = _batched_in_turn(xla.grouped_matmul_gradients)
+
+
+def _batched_by_folding(
+    f: Callable[[Any, Any], Any], foldable: Callable[[Any], bool]
+) -> Callable[[Any, Any], Any]:
+    """`f(tokens, shared)` with a batching rule that makes one call of a whole batch.
+
+    Every leaf of `tokens` starts with the axis T, which takes up the batch. Where `shared` is
+    batched too, or is not `foldable`, the batch runs in order instead.
+    """
+    folded = jax.custom_batching.custom_vmap(f)
+
+    @folded.def_vmap
+    def rule(size: int, batched: Any, tokens: Any, shared: Any) -> tuple[Any, Any]:
+        in_tokens, in_shared = batched
+        rows = jax.tree.leaves(tokens)[0].shape[1 if jax.tree.leaves(in_tokens)[0] else 0]
+
+        def flat(leaf: jax.Array, is_batched: bool) -> jax.Array:
+            if not is_batched:
+                leaf = jnp.broadcast_to(leaf, (size, *leaf.shape))
+            return leaf.reshape(size * rows, *leaf.shape[2:])
+
+        def unflat(leaf: jax.Array) -> jax.Array:
+            return leaf.reshape(size, rows, *leaf.shape[1:])
+
+        if any(jax.tree.leaves(in_shared)) or not foldable(shared):
+            out = _in_turn(folded, size, batched, tokens, shared)
+        else:
+            out = jax.tree.map(unflat, folded(jax.tree.map(flat, tokens, in_tokens), shared))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return folded
+
+
+def _in_turn(f: Callable[..., Any], size: int, batched: Any, *args: Any) -> Any:
+    leaves, tree = jax.tree.flatten(args)
+    flags = jax.tree.leaves(batched)
+    moving = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+
+    def one(moving: list[jax.Array]) -> Any:
+        rest = iter(moving)
+        return f(
+            *tree.unflatten(
+                [next(rest) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
+            )
+        )
+
+    return jax.lax.map(one, moving)
+
+
+def explain(problem: Problem, implementation: Implementation = None) -> Resolution:
+    """Which variant the current target would run for `problem`, and why no other."""
+    return kernels.select(problem, implementation)
