@@ -1,4 +1,4 @@
-"""Which target a traced function is for, and what the user forces; both part of the jit cache key."""
+"""Which target a function is traced for, and what is forced on it: part of the jit cache key."""
 
 from __future__ import annotations
 

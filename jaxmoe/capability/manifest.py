@@ -17,35 +17,43 @@ def check_manifest(manifest: Mapping[str, Any], rows: Iterable[Row]) -> list[str
 
     Args:
       manifest: `{"variants": {name: {"features": [...]}}, "formats": [...], "activations": [...],
-        "layout": name}`, with `"ops"` optional. A variant may also state `activation_dtypes`,
-        `sms` and `smem_bytes`, which are then compared.
+        "layout": name}`. What a variant states itself is stronger than what the library states for
+        all; `ops`, `activation_dtypes`, `sms` and `smem_bytes` are compared where stated.
       rows: the rows that this library ought to serve.
 
     Returns:
       One sentence for each difference; empty where both agree.
     """
-    rows = {row.variant: row for row in rows if row.never is None}
-    variants = manifest["variants"]
+    table = {row.variant: row for row in rows if row.never is None}
+    library = manifest["variants"]
     found = [
-        f"{v}: in the table, but the library has no such kernel" for v in rows.keys() - variants
+        f"{v}: in the table, but the library has no such kernel" for v in table.keys() - library
     ]
-    found += [f"{v}: in the library, but the table has no such row" for v in variants.keys() - rows]
-
-    def compare(who: str, what: str, library: Any, table: Any) -> None:
-        if isinstance(library, (list, tuple, set, frozenset)):
-            library, table = sorted(library), sorted(table or ())
-        if library != table:
-            found.append(f"{who}: {what} is {library} in the library, {table} in the table")
-
-    for variant in variants.keys() & rows.keys():
-        row, entry = rows[variant], variants[variant]
-        compare(variant, "features", entry.get("features", []), row.features)
-        for what in ("activation_dtypes", "sms", "smem_bytes"):
-            if what in entry:
-                compare(variant, what, entry[what], getattr(row, what))
-        compare(variant, "formats", manifest["formats"], row.weight_formats)
-        compare(variant, "activations", manifest["activations"], row.activations)
-        compare(variant, "layout", manifest["layout"], row.layout)
-        if "ops" in manifest:
-            compare(variant, "ops", manifest["ops"], row.ops)
+    found += [f"{v}: in the library, but the table has no such row" for v in library.keys() - table]
+    for variant in table.keys() & library.keys():
+        stated = {**manifest, "features": [], **library[variant]}
+        for what, attribute in _COMPARED.items():
+            if what not in stated and what not in _REQUIRED:
+                continue
+            theirs, ours = _plain(stated[what]), _plain(getattr(table[variant], attribute))
+            if theirs != ours:
+                found.append(f"{variant}: {what}: {theirs} in the library, {ours} in the table")
     return sorted(found)
+
+
+# What a manifest calls a property -> what a row calls it.
+_COMPARED = {
+    "features": "features",
+    "formats": "weight_formats",
+    "activations": "activations",
+    "layout": "layout",
+    "ops": "ops",
+    "activation_dtypes": "activation_dtypes",
+    "sms": "sms",
+    "smem_bytes": "smem_bytes",
+}
+_REQUIRED = ("formats", "activations", "layout")
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (list, tuple, set, frozenset)) else value

@@ -269,31 +269,12 @@ def resolve(
         raises it only for arithmetic that was asked for explicitly and is not there.
     """
     names = _names(request, table)
-    candidates: dict[str, tuple[int, Row]] = {}  # by variant, with its rank in the request
-    if names is None:
-        candidates = {row.variant: (0, row) for row in table}
-    else:
-        for rank, name in enumerate(names):
-            for row in table:
-                if name in row.names:
-                    candidates.setdefault(row.variant, (rank, row))
-
-    rejected: list[Rejection] = []
-    able: list[tuple[int, int, int, Row, str]] = []
-    for place, (rank, row) in enumerate(candidates.values()):
-        rejection = _reject(row, problem, target, table)
-        if rejection is None:
-            steps = [i for i, c in enumerate(problem.chain) if _has(row, problem, c)]
-            able.append((rank, steps[0], place, row, problem.chain[steps[0]]))
-        else:
-            rejected.append(Rejection(row.variant, *rejection))
-    able.sort(key=lambda item: item[:3])
-
+    able, rejected = _weigh(problem, target, names, table)
     common: dict[str, Any] = {
         "problem": problem,
         "target": target,
         "request": names,
-        "alternatives": tuple(row.variant for *_, row, _ in able[1:]),
+        "alternatives": tuple(row.variant for row, _ in able[1:]),
         "rejected": tuple(rejected),
     }
     if not able:
@@ -307,7 +288,7 @@ def resolve(
             **common,
         )
         raise UnsupportedError(failure)
-    *_, row, compute = able[0]
+    row, compute = able[0]
     degraded = problem.compute == "auto" and compute != problem.declared
     return Resolution(
         selected=row.variant,
@@ -372,34 +353,42 @@ def _has(row: Row, problem: Problem, compute: str) -> bool:
     return (problem.weight_format, compute) in row.arithmetic
 
 
+def _weigh(
+    problem: Problem, target: Target, names: tuple[str, ...] | None, table: Sequence[Row]
+) -> tuple[list[tuple[Row, str]], list[Rejection]]:
+    """The rows asked for: those able, best first, with the arithmetic of each; and the others."""
+    able: list[tuple[int, int, int, Row]] = []  # rank in the request, in the chain, in the table
+    rejected: list[tuple[int, int, Rejection]] = []
+    for place, row in enumerate(table):
+        ranks = [0] if names is None else [i for i, n in enumerate(names) if n in row.names]
+        if not ranks:
+            continue
+        rejection = _reject(row, problem, target, table)
+        if rejection is not None:
+            rejected.append((ranks[0], place, Rejection(row.variant, *rejection)))
+            continue
+        step = next(i for i, c in enumerate(problem.chain) if _has(row, problem, c))
+        able.append((ranks[0], step, place, row))
+    able.sort(key=lambda item: item[:3])
+    rejected.sort(key=lambda item: item[:2])
+    return [(row, problem.chain[step]) for _, step, _, row in able], [r for *_, r in rejected]
+
+
 def _hint(
     problem: Problem, target: Target, names: tuple[str, ...] | None, table: Sequence[Row]
 ) -> str:
-    """What would run: the same arithmetic by another variant, else other arithmetic."""
+    """What would run: by another variant as asked, else with other arithmetic, else with both."""
     relaxed = dataclasses.replace(problem, compute="auto")
-    attempts = ((problem, "implementation=None"), (relaxed, "compute='auto'"))
-    if names is not None:
-        attempts = (*attempts, (relaxed, "implementation=None and compute='auto'"))
-    for attempt, change in attempts:
-        if change == "implementation=None" and names is None:
-            continue
-        if attempt is problem and problem.compute == "auto" and names is None:
-            continue
-        request = names if change == "compute='auto'" else None
-        if attempt == problem and request == names:
-            continue
-        able = [
-            (attempt.chain.index(c), place, row.variant, c)
-            for place, row in enumerate(table)
-            if (request is None or set(request) & set(row.names))
-            and _reject(row, attempt, target, table) is None
-            for c in attempt.chain
-            if _has(row, attempt, c)
-        ]
+    for attempt, request, change in (
+        (problem, None, "implementation=None"),
+        (relaxed, names, "compute='auto'"),
+        (relaxed, None, "implementation=None and compute='auto'"),
+    ):
+        able, _ = _weigh(attempt, target, request, table)
         if able:
-            *_, variant, compute = min(able)
-            return f"with {change}, {variant} runs it as {compute}"
-    return ""
+            row, compute = able[0]
+            return f"with {change}, {row.variant} runs it as {compute}"
+    return "no variant of this table can"
 
 
 # --- Requirements, in the order in which they are asked: what cannot change before what can. ---
@@ -428,7 +417,7 @@ def _sm_unknown(row: Row, problem: Problem, target: Target, table: Sequence[Row]
     device = UNKNOWN_SM_NAMES.get(target.sm)
     return (
         f"{required}; SM {target.sm}{f' ({device})' if device else ''} is an unknown SM, not "
-        "guessed from a range: no kernel of this table was ever run there"
+        "guessed from a range: no native variant claims it, xla runs there"
     )
 
 
@@ -438,7 +427,8 @@ def _sm(row: Row, problem: Problem, target: Target, table: Sequence[Row]) -> str
     here = [r.variant for r in table if r.sms and target.sm in r.sms and r.never is None]
     return (
         f"requires {_sm_list(row.sms)}; this target is {target}, whose native variants are "
-        f"{', '.join(here) or 'none'}" + (f" ({row.never[1]})" if row.never else "")
+        f"{', '.join(here) or 'none (xla runs everywhere)'}"
+        + ("; jaxmoe ships no such kernel" if row.never else "")
     )
 
 

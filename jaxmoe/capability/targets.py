@@ -122,7 +122,8 @@ class Target:
           **info: `features`, `built`, `disqualified`.
         """
         platform, kind = device.platform.lower(), device.device_kind
-        # JAX calls NVIDIA and AMD devices alike "gpu"; their compute capability is "9.0" or "gfx942".
+        # JAX calls NVIDIA and AMD devices alike "gpu"; the compute capability tells "9.0" from
+        # "gfx942".
         if platform in ("gpu", "cuda", "rocm"):
             capability = str(getattr(device, "compute_capability", ""))
             found = _identify(capability) or _identify(kind) or ("cuda", None)
