@@ -5,7 +5,7 @@ neither jax nor jaxmoe. Weights arrive as raw bits (`Bits`), everything is decod
 integer arithmetic on those bits, and every sum runs in float64.
 
 Format definitions: OCP Microscaling Formats (MX) v1.0 for e2m1, e8m0, MXFP4 and MXFP8; OCP FP8
-(OFP8) v1.0 for e4m3; NVFP4 is e2m1 with an e4m3 scale per 16 elements and a float32 scale per tensor.
+(OFP8) v1.0 for e4m3; NVFP4 is e2m1 with an e4m3 scale per 16 elements and a float32 scale on top.
 """
 
 import math

@@ -1,11 +1,11 @@
 """Problems for the shared suite: random ones, exact-grid ones, and the named edges.
 
 A problem is made of NumPy arrays and raw weight bits, so the oracle and the package read the same
-bits and share no code; `jax_weight`, `jax_activation` and the methods that call them are the bridge.
+bits and share no code; `jax_weight`, `jax_activation` and the methods calling them are the bridge.
 
 Exact-grid problems are built so that every product and every partial sum is a multiple of one power
-of two, below 2^24 of them, and so that every activation saturates: any order of float32 sums then
-gives the same value. `assert_exact` proves it for each problem instead of trusting the construction.
+of two, below 2^24 of them, and so that every activation saturates: any order of float32 sums
+gives the same value. `assert_exact` proves it for each problem, trusting no construction.
 """
 
 import dataclasses
@@ -329,8 +329,8 @@ def random_problem(spec: Spec) -> Problem:
 
 # --- exact grid ---------------------------------------------------------------------------------
 
-# Hidden values are multiples of UNIT: there sigmoid, tanh and erf are 0 or ±1, exactly in float32 and
-# to far below a float32 ulp in float64, so every activation is exact.
+# Hidden values are multiples of UNIT. There sigmoid, tanh and erf are 0 or ±1, exactly in float32
+# and to far below a float32 ulp in float64, so every activation is exact.
 UNIT = 1024.0
 _WHOLE_CODES = np.array([0, 2, 4, 5, 6, 7, 8, 10, 12, 13, 14, 15], np.uint8)  # 0 ±1 ±2 ±3 ±4 ±6
 

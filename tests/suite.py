@@ -1,0 +1,153 @@
+"""What the shared suite needs of the package: implementations, compiled calls, and the measure."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+from problems import GroupedProblem, Problem, Spec
+
+import jaxmoe
+
+IMPLEMENTATIONS = (
+    "xla",
+    "cpu_portable",
+    "cpu_avx2",
+    "cpu_avx512",
+    "cpu_avx512_bf16",
+    "cpu_amx",
+)
+NATIVE = IMPLEMENTATIONS[1:]
+
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+every_fp4 = pytest.mark.parametrize("weight_format", ["nvfp4", "mxfp4"])
+
+# Relative L2 against float64. float32: rounding of the sums. bfloat16: rounding of the activation's
+# output and of the result, 2^-9 at most and about 2^-10.3 on average each.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 5e-4}
+
+
+@functools.cache
+def refusal(implementation: str, dtype: str = "bfloat16", op: str = "moe_mlp") -> str | None:
+    """Why `implementation` cannot run FP4 weights with activations of `dtype` here, or None."""
+    problem = jaxmoe.capability.Problem(
+        op=op, weight_format="nvfp4", activation_dtype=dtype,
+        activation="swiglu" if op == "moe_mlp" else "identity",
+        hidden_size=64, intermediate_size=64, num_experts=4, top_k=2 if op == "moe_mlp" else 1,
+    )  # fmt: skip
+    try:
+        jaxmoe.ops.explain(problem, implementation)
+    except jaxmoe.UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def require(implementation: str, dtype: str = "bfloat16", op: str = "moe_mlp") -> None:
+    """Skips with the Resolution's own words where the implementation cannot run."""
+    reason = refusal(implementation, dtype, op)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@functools.cache
+def compiled(
+    activation: Any, weight_on_input: bool, implementation: Any, static_offset: int | None = None
+):
+    """jit of moe_mlp as f(x, experts, expert_ids, weights, expert_offset)."""
+
+    def call(x, experts, expert_ids, weights, expert_offset):
+        return jaxmoe.moe_mlp(
+            x, experts, expert_ids, weights, activation=activation,
+            expert_offset=expert_offset if static_offset is None else static_offset,
+            weight_on_input=weight_on_input, implementation=implementation,
+        )  # fmt: skip
+
+    return jax.jit(call)
+
+
+def run(problem: Problem, implementation: Any) -> np.ndarray:
+    """moe_mlp on a problem, compiled; checks shape and dtype of the answer."""
+    call = compiled(problem.activation(), problem.spec.weight_on_input, implementation)
+    y = call(*problem.call_args(), jnp.int32(problem.spec.expert_offset))
+    assert y.shape == problem.x.shape
+    assert y.dtype == problem.x.dtype
+    return np.asarray(y)
+
+
+@functools.cache
+def compiled_grouped(implementation: Any, preferred: str | None = None):
+    """jit of grouped_matmul as f(x, w, group_sizes, bias, group_offset)."""
+
+    def call(x, w, group_sizes, bias, group_offset):
+        return jaxmoe.grouped_matmul(
+            x, w, group_sizes, bias=bias, group_offset=group_offset,
+            preferred_element_type=preferred, implementation=implementation,
+        )  # fmt: skip
+
+    return jax.jit(call)
+
+
+def run_grouped(problem: GroupedProblem, implementation: Any, preferred: str | None = None):
+    """grouped_matmul on a problem, compiled."""
+    kwargs = problem.call_kwargs()
+    offset = kwargs["group_offset"]
+    y = compiled_grouped(implementation, preferred)(
+        *problem.call_args(), kwargs["bias"], None if offset is None else jnp.int32(offset)
+    )
+    assert y.shape == (problem.spec.rows, problem.spec.out_size)
+    assert y.dtype == np.dtype(jnp.dtype(preferred or problem.x.dtype))
+    return np.asarray(y)
+
+
+def batch_of_problems(spec: Spec, size: int) -> tuple[list[Problem], tuple[Any, ...]]:
+    """Problems that differ in every value, and the stack of their arguments to moe_mlp."""
+    batch = [problems.random_problem(dataclasses.replace(spec, seed=s)) for s in range(size)]
+    return batch, jax.tree.map(lambda *leaves: jnp.stack(leaves), *[p.call_args() for p in batch])
+
+
+def relative_l2(got: np.ndarray, want: np.ndarray) -> float:
+    """||got - want|| / ||want||, 0 / 0 = 0."""
+    error = np.linalg.norm(np.asarray(got).astype(np.float64) - want)
+    return float(error / (np.linalg.norm(want) or 1.0)) if error else 0.0
+
+
+def assert_matches(got: np.ndarray, pairs: np.ndarray, tolerance: float) -> None:
+    """The answer agrees with the oracle's as a whole and row by row; no-expert rows are exactly 0.
+
+    pairs: float64[T, k, H], the oracle's contributions per slot. A row is measured against the size
+    of what is added up in it, so that cancellation is no failure and a small wrong row is.
+    """
+    got, want = np.asarray(got).astype(np.float64), pairs.sum(1)
+    assert np.isfinite(got).all(), f"not finite at {np.argwhere(~np.isfinite(got))[:5].tolist()}"
+    sizes = np.sqrt((pairs**2).sum((1, 2)))
+    errors = np.linalg.norm(got - want, axis=1)
+    bad = errors > 4 * tolerance * sizes
+    shares = (errors / np.maximum(sizes, 1e-300))[bad][:8]
+    assert not bad.any(), (
+        f"rows {np.flatnonzero(bad)[:8].tolist()} are off by {shares} of their size "
+        f"(allowed {4 * tolerance:.1e})"
+    )
+    error = np.linalg.norm(errors) / (np.linalg.norm(sizes) or 1.0)
+    assert error <= tolerance, f"relative L2 {error:.2e} > {tolerance:.0e}"
+
+
+def assert_exact(got: np.ndarray, want: np.ndarray) -> None:
+    """Every value equals the float64 one rounded once (zeros of either sign are one value)."""
+    got = np.asarray(got)
+    want = want.astype(np.float32).astype(got.dtype)
+    differ = np.argwhere(got != want)
+    assert not differ.size, (
+        f"{len(differ)} of {got.size} values differ; first at {differ[0].tolist()}: "
+        f"got {got[tuple(differ[0])]!r}, want {want[tuple(differ[0])]!r}"
+    )
+
+
+def assert_same_bits(a: np.ndarray, b: np.ndarray) -> None:
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
