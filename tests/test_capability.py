@@ -188,6 +188,7 @@ class TestGrid:
         assert resolution.compute == compute
         assert resolution.degraded_from == (None if compute == declared else declared)
         assert resolution.selected_by == "auto"
+        assert resolution.variant == expected
 
     @pytest.mark.parametrize("name", sorted({row[0] for row in grid(STRICT)}))
     @pytest.mark.parametrize(
@@ -620,6 +621,8 @@ class TestResolution:
             resolve(problem(compute="w4a4"), target("h100"))
         failed = caught.value.resolution
         assert Resolution.from_json(failed.to_json()) == failed
+        with pytest.raises(UnsupportedError, match="w4a4"):
+            _ = failed.variant
         copy = pickle.loads(pickle.dumps(caught.value))
         assert copy.resolution == failed
         assert str(copy) == str(caught.value)

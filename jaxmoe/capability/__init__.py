@@ -3,7 +3,14 @@
 >>> from jaxmoe.capability import Problem, Target, explain
 >>> problem = Problem(weight_format="nvfp4", hidden_size=2048, intermediate_size=768,
 ...                   num_experts=128, top_k=8, declared_compute="w4a4")
->>> print(explain(problem, Target.from_name("sm_120")))
+>>> print(explain(problem, Target.from_name("sm_120")))  # doctest: +ELLIPSIS
+problem   moe_mlp of nvfp4 weights, compute auto (the checkpoint declares w4a4), ...
+target    sm_120
+asked     AUTO
+selected  xla (w4a16, layout canonical, evidence: ...)
+degraded  from w4a4, which the checkpoint declares, to w4a16 (more accurate)
+rejected
+  sm120_w4a4        NOT_BUILT             this build holds no sm120 library (jaxmoe._sm120): ...
 """
 
 from jaxmoe.capability.context import (

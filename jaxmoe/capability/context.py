@@ -36,8 +36,10 @@ def override(
 ) -> Iterator[Override]:
     """Within the block, functions are traced for `target`, or by `implementation`.
 
-    >>> with jaxmoe.override(implementation="xla"):
-    ...     y = jitted_layer(x)
+    >>> from jaxmoe.capability import current_target, override
+    >>> with override(target="sm_120", implementation="xla"):
+    ...     print(current_target().name)
+    sm_120
 
     The values are part of the jit cache key: a jitted function is traced again where they
     differ. Blocks nest; an argument that is None leaves what the outer block says. An
@@ -71,6 +73,10 @@ def current_override() -> Override:
 def current_target(**info: Any) -> Target:
     """The target for which JAX is tracing now.
 
+    >>> with override(target="b300"):
+    ...     current_target().sm
+    103
+
     In this order: the target of `override`, the device of the abstract mesh (lowering for a GPU
     that is not here), the default device.
 
@@ -95,7 +101,7 @@ def current_target(**info: Any) -> Target:
 
 
 def _default_device() -> Any:
-    default = jax.config.jax_default_device
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]  # made at run time
     if default is None:
         return jax.local_devices()[0]
     return jax.local_devices(backend=default)[0] if isinstance(default, str) else default
@@ -103,6 +109,12 @@ def _default_device() -> Any:
 
 def select(problem: Problem, implementation: Request = None, **info: Any) -> Resolution:
     """`resolve` for the current target and override; a degradation is logged once.
+
+    >>> problem = Problem(weight_format="nvfp4", hidden_size=64, intermediate_size=64,
+    ...                   num_experts=4, top_k=2)
+    >>> with override(target="sm_120"):
+    ...     select(problem, built={"sm80_w4a16"}).selected
+    'sm80_w4a16'
 
     Args:
       problem: what to compute.

@@ -12,8 +12,9 @@ def check_manifest(manifest: Mapping[str, Any], rows: Iterable[Row]) -> list[str
     """What a library says of itself and the table does not, and the other way round.
 
     >>> from jaxmoe.capability import TABLE, check_manifest
-    >>> check_manifest(jaxmoe._cpu.manifest(), [r for r in TABLE if r.family == "cpu"])
-    []
+    >>> manifest = {"variants": {}, "formats": [], "activations": [], "layout": "panel32"}
+    >>> check_manifest(manifest, [row for row in TABLE if row.variant == "cpu_avx2"])
+    ['cpu_avx2: in the table, but the library has no such kernel']
 
     Args:
       manifest: `{"variants": {name: {"features": [...]}}, "formats": [...], "activations": [...],

@@ -146,6 +146,17 @@ class Resolution:
     rejected: tuple[Rejection, ...] = ()
     hint: str = ""
 
+    @property
+    def variant(self) -> str:
+        """`selected`, for a reader that needs one.
+
+        Raises:
+          UnsupportedError: nothing is selected.
+        """
+        if self.selected is None:
+            raise UnsupportedError(self)
+        return self.selected
+
     def __str__(self) -> str:
         asked = "AUTO" if self.request is None else f"implementation {', '.join(self.request)}"
         lines = [("problem", str(self.problem)), ("target", str(self.target)), ("asked", asked)]

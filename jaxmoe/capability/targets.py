@@ -72,9 +72,8 @@ class Target:
                 f"sm is for platform 'cuda' alone; got sm={self.sm} with platform "
                 f"{self.platform!r}: leave sm out, or set platform='cuda'"
             )
-        pairs = self.disqualified
-        pairs = pairs.items() if isinstance(pairs, Mapping) else pairs
-        object.__setattr__(self, "disqualified", tuple(sorted((str(a), str(b)) for a, b in pairs)))
+        pairs = tuple(sorted(dict(self.disqualified).items()))
+        object.__setattr__(self, "disqualified", pairs)
         object.__setattr__(self, "features", frozenset(self.features))
         object.__setattr__(self, "built", frozenset(self.built))
 
@@ -91,8 +90,8 @@ class Target:
     def from_name(cls, name: str, **info: Any) -> Target:
         """The target that a name stands for: `cpu`, `tpu`, `sm_120`, `12.0`, `H100`, `rtx 5090`.
 
-        >>> Target.from_name("gb10")
-        Target(platform='cuda', sm=121, device_kind='gb10', features=frozenset(), ...)
+        >>> Target.from_name("gb10")  # doctest: +ELLIPSIS
+        Target(platform='cuda', sm=121, device_kind='gb10', ...)
 
         Args:
           name: platform, SM, compute capability, or device name, in any case. `unknown` is a
@@ -117,6 +116,9 @@ class Target:
     def from_device(cls, device: Any, **info: Any) -> Target:
         """The target of a concrete `jax.Device`: its own compute capability, not its name, counts.
 
+        >>> Target.from_device(jax.devices("cpu")[0]).name
+        'cpu'
+
         Args:
           device: a `jax.Device`; its `platform`, `device_kind` and `compute_capability` are read.
           **info: `features`, `built`, `disqualified`.
@@ -134,6 +136,10 @@ class Target:
     @classmethod
     def from_abstract(cls, device: Any, **info: Any) -> Target:
         """The target of a `jax.sharding.AbstractDevice`, which has a name but no capability.
+
+        >>> device = jax.sharding.AbstractDevice("NVIDIA GB10", num_cores=None, platform="gpu")
+        >>> Target.from_abstract(device).name
+        'sm_121'
 
         Args:
           device: an `AbstractDevice`; its `device_kind` and, where JAX has it, `platform` are read.
@@ -166,5 +172,5 @@ class Target:
             # equals its namesake built on any machine.
             frozenset(features) if platform == "cpu" else frozenset(),
             frozenset(built),
-            disqualified,  # type: ignore[arg-type]  # normalised in __post_init__
+            tuple(dict(disqualified).items()),
         )
