@@ -110,6 +110,8 @@ def by_group(
 
 def fold(blocks: Blocks, body: Callable[[jax.Array, jax.Array, Carry], Carry], init: Carry) -> Carry:
     """Runs `carry = body(expert[step], row[step, rows], carry)` over the blocks in use."""
+    if blocks.num_rows == 0:
+        return init
 
     def one(i: jax.Array, carry: Any) -> Any:
         first = i * blocks.step

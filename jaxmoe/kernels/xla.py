@@ -136,7 +136,7 @@ def moe_mlp(
 
 def _combine(y: jax.Array, t: int, k: int) -> jax.Array:
     """Sum of the k contributions of each token, in the order of the choices."""
-    y = y.reshape(t, k, -1)
+    y = y.reshape(t, k, y.shape[1])
     total = y[:, 0]
     for j in range(1, k):
         total = total + y[:, j]
