@@ -22,15 +22,9 @@ from jaxmoe.capability.context import (
     select,
 )
 from jaxmoe.capability.manifest import check_manifest
-from jaxmoe.capability.resolution import (
-    Problem,
-    Rejection,
-    Resolution,
-    UnsupportedError,
-    explain,
-    implementation_names,
-    resolve,
-)
+from jaxmoe.capability.problem import Problem
+from jaxmoe.capability.resolution import Rejection, Resolution, UnsupportedError
+from jaxmoe.capability.resolver import Request, explain, implementation_names, resolve
 from jaxmoe.capability.table import TABLE, Reason, Row
 from jaxmoe.capability.targets import Target
 
@@ -40,6 +34,7 @@ __all__ = [
     "Problem",
     "Reason",
     "Rejection",
+    "Request",
     "Resolution",
     "Row",
     "Target",

@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 
-from jaxmoe.capability.resolution import Problem, Request, Resolution, _names, resolve
+from jaxmoe.capability.problem import Problem
+from jaxmoe.capability.resolution import Resolution
+from jaxmoe.capability.resolver import Request, requested_names, resolve
 from jaxmoe.capability.table import TABLE
 from jaxmoe.capability.targets import Target
 
@@ -55,7 +57,7 @@ def override(
     """
     if isinstance(target, str):
         Target.from_name(target)  # a wrong name fails here, not at the next trace
-    names = _names(implementation, TABLE)
+    names = requested_names(implementation, TABLE)
     outer = _override.value
     value = Override(
         outer.target if target is None else target,

@@ -1,4 +1,4 @@
-"""What each kernel variant can run: data only. `resolution.resolve` is the one reader.
+"""What each kernel variant can run: data only. `resolver.resolve` is the one reader.
 
 Order is priority. A row states only what is known of its kernel; whether the kernel was compiled
 into this installation is the `Target`'s to say. SM sets are lists, never ranges: a new SM belongs
