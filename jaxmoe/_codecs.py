@@ -62,20 +62,13 @@ def times_power_of_two(x: jax.Array, n: jax.Array) -> jax.Array:
     return x * power_of_two(half) * power_of_two(n - half)
 
 
-def decode_e2m1(code: jax.Array) -> jax.Array:
-    """Values 0, 0.5, 1, 1.5, 2, 3, 4, 6 of codes 0 to 7."""
-    return float_from_bits(_e2m1_bits(code))
-
-
-def _e2m1_bits(code: jax.Array) -> jax.Array:
+def decode_signed_e2m1(code: jax.Array) -> jax.Array:
+    """Values of 4-bit codes, sign in bit 3: 0, 0.5, 1, 1.5, 2, 3, 4, 6 for codes 0 to 7."""
+    magnitude = code & 7
     # From code 2 on, e2m1's exponent and mantissa are f32's after a shift and a change of bias
     # (127 - 1 = 126); codes 0 and 1 are 0 and 0.5 (bits 0x3F000000).
-    return jnp.where(code >= 2, (code << 22) + (126 << 23), code * 0x3F000000)
-
-
-def decode_signed_e2m1(code: jax.Array) -> jax.Array:
-    """Values of 4-bit codes, sign in bit 3."""
-    return float_from_bits(_e2m1_bits(code & 7) | (code & 8) << 28)
+    bits = jnp.where(magnitude >= 2, (magnitude << 22) + (126 << 23), magnitude * 0x3F000000)
+    return float_from_bits(bits | (code & 8) << 28)
 
 
 def encode_e2m1(x: jax.Array) -> jax.Array:
@@ -84,63 +77,97 @@ def encode_e2m1(x: jax.Array) -> jax.Array:
     return sum((bit.astype(jnp.int32) for bit in above), jnp.zeros(x.shape, jnp.int32))
 
 
-def decode_e4m3(code: jax.Array) -> jax.Array:
-    """Values of codes 0 to 126 (448); 127 is NaN."""
-    normal = float_from_bits((code << 20) + (120 << 23))
-    subnormal = code.astype(jnp.float32) * np.float32(2.0**-9)
-    value = jnp.where(code < 8, subnormal, normal)
-    return jnp.where(code == 127, jnp.float32(jnp.nan), value)
-
-
 def decode_signed_e4m3(code: jax.Array) -> jax.Array:
-    """Values of 8-bit codes, sign in bit 7."""
-    bits = float_bits(decode_e4m3(code & 127))
-    return float_from_bits(bits | (code & 128) << 24)
+    """Values of 8-bit codes, sign in bit 7; 127 and 255 are NaN."""
+    magnitude = code & 127
+    bits = float_bits(E4M3.decode(magnitude)) | (code & 128) << 24
+    return float_from_bits(jnp.where(magnitude == 127, 0x7FC00000, bits))
 
 
 def encode_e4m3(x: jax.Array) -> jax.Array:
-    """Code of the nearest e4m3 value, ties to the even code, saturating at 448; NaN gives 127."""
+    """Code of the nearest e4m3 value, ties to the even code, saturating at 448; NaN gives 0."""
     bits = float_bits(jnp.minimum(x, np.float32(448.0)))
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
     subnormal = lax.round(x * np.float32(512.0), lax.RoundingMethod.TO_NEAREST_EVEN)
     code = jnp.where(x < np.float32(2.0**-6), subnormal.astype(jnp.int32), normal)
-    return jnp.where(jnp.isnan(x), 127, code)
+    return jnp.where(jnp.isnan(x), 0, code)
 
 
 @dataclass(frozen=True)
 class Codec:
-    """The magnitudes of an element dtype: `decode(code)` ascends over codes 0 to `last`."""
+    """Magnitudes of an element or scale dtype; values ascend over the codes 0 to `last`.
+
+    Args:
+        encode: code of the nearest value to f32 magnitudes.
+        decode_signed: values of codes with a sign.
+        mantissa_bits: width of the mantissa field.
+        unit_log2: the smallest value above 0, of which all values are multiples, is 2^unit_log2.
+        last: code of the largest value.
+    """
 
     encode: Callable[[jax.Array], jax.Array]
-    decode: Callable[[jax.Array], jax.Array]
     decode_signed: Callable[[jax.Array], jax.Array]
+    mantissa_bits: int
+    unit_log2: int
     last: int
-    sign_bit: int
-    max_exponent: int
+
+    @property
+    def sign_bit(self) -> int:
+        """The sign of a signed code."""
+        return 8 if self.last == 7 else 128
+
+    @property
+    def max_exponent(self) -> int:
+        """floor(log2(largest value))."""
+        return (self.last >> self.mantissa_bits) + self.mantissa_bits - 1 + self.unit_log2
+
+    def multiple(self, code: jax.Array) -> jax.Array:
+        """The value in units of 2^unit_log2, an int32."""
+        one = 1 << self.mantissa_bits
+        normal = (one | (code & (one - 1))) << ((code >> self.mantissa_bits) - 1 & 31)
+        return jnp.where(code < one, code, normal)
+
+    def decode(self, code: jax.Array) -> jax.Array:
+        """The value in f32."""
+        return self.multiple(code).astype(jnp.float32) * np.float32(2.0**self.unit_log2)
 
 
-CODECS = {
-    FLOAT4_E2M1: Codec(encode_e2m1, decode_e2m1, decode_signed_e2m1, 7, 8, 2),
-    FLOAT8_E4M3: Codec(encode_e4m3, decode_e4m3, decode_signed_e4m3, 126, 128, 8),
-}
+E2M1 = Codec(encode_e2m1, decode_signed_e2m1, 1, -1, 7)
+E4M3 = Codec(encode_e4m3, decode_signed_e4m3, 3, -9, 126)
+CODECS = {FLOAT4_E2M1: E2M1, FLOAT8_E4M3: E4M3}
 
 
-def round_quotient(x: jax.Array, step: jax.Array, codec: Codec) -> jax.Array:
-    """Code of the value nearest to x / step, ties to the even code, saturating; 0 where step is 0.
+def round_quotient(
+    x: jax.Array, multiple: jax.Array | int, unit: jax.Array, codec: Codec
+) -> jax.Array:
+    """Code of the value nearest to x / (multiple * unit), ties to the even code, saturating.
 
     The rule in full: the answer is the code c for which x lies between the midpoints of c's value
-    with its neighbours' values, each midpoint multiplied by `step` in f32. A backend's quotient
-    may be off by a few ulp, so it only proposes a code, which the two products then correct.
+    with its neighbours' values, times `multiple` (exact), times `unit` (rounded to f32). The first
+    product is one of integers, so that no compiler can reassociate the two. A backend's quotient
+    may be off by a few ulp, so it only proposes a code, which the comparisons then correct.
+
+    Args:
+        x: f32 magnitudes, normal or 0.
+        multiple: int32, 0 to 2^18; 0 gives code 0.
+        unit: f32 in [2^-121, 2^117].
+        codec: of the quotient.
     """
-    code = codec.encode(x / jnp.where(step > 0, step, 1.0))
-    value = codec.decode(code)
-    above = (value + codec.decode(jnp.minimum(code + 1, codec.last))) * 0.5 * step
-    below = (value + codec.decode(jnp.maximum(code - 1, 0))) * 0.5 * step
+    multiple = jnp.asarray(multiple, jnp.int32)
+    half_unit = unit * np.float32(2.0 ** (codec.unit_log2 - 1))
+
+    def midpoint(code: jax.Array, neighbour: jax.Array) -> jax.Array:
+        doubled = codec.multiple(code) + codec.multiple(neighbour)
+        return (doubled * multiple).astype(jnp.float32) * half_unit
+
+    code = codec.encode(x / (jnp.maximum(multiple, 1).astype(jnp.float32) * unit))
+    above = midpoint(code, jnp.minimum(code + 1, codec.last))
+    below = midpoint(code, jnp.maximum(code - 1, 0))
     odd = (code & 1) == 1
     up = (code < codec.last) & ((x > above) | ((x == above) & odd))
     down = (code > 0) & ((x < below) | ((x == below) & odd))
     code = code + up.astype(jnp.int32) - down.astype(jnp.int32)
-    return jnp.where(step > 0, code, 0)
+    return jnp.where(multiple > 0, code, 0)
 
 
 def divide_exactly(bits: jax.Array, odd: int, log2: int) -> jax.Array:
@@ -159,9 +186,9 @@ def divide_exactly(bits: jax.Array, odd: int, log2: int) -> jax.Array:
 
 def unpack_nibbles(packed: jax.Array) -> jax.Array:
     """int32 codes `[..., K]` of bytes `[..., K/2]`; even k is the low nibble."""
-    wide = packed.astype(jnp.int32)[..., None]
-    codes = jnp.concatenate([wide & 15, wide >> 4], axis=-1)
-    return codes.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+    codes = jnp.repeat(packed, 2, axis=-1).astype(jnp.int32)
+    k = lax.broadcasted_iota(jnp.int32, codes.shape, codes.ndim - 1)
+    return codes >> (k & 1) * 4 & 15
 
 
 def pack_nibbles(codes: jax.Array) -> jax.Array:

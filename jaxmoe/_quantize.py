@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,9 @@ from jaxmoe.formats import FLOAT8_E4M3, Format, get_format
 Method = Literal["amax", "mse"]
 Nonfinite = Literal["error", "saturate"]
 
-# Steps of quantize's own choice stay normal: smallest e4m3 value 2^-9 times smallest element 2^-1
-# times this is 2^-126. The largest is what f32's largest amax needs, rounded up to a power of two.
-_GLOBAL_SCALE_RANGE = (2.0**-116, 2.0**117)
-_E4M3 = codecs.CODECS[FLOAT8_E4M3]
+# Below: the smallest weight, 2^-9 * 2^-1 times the global scale, and the midpoint below it stay
+# normal. Above: what f32's largest amax needs, rounded up to a power of two.
+_GLOBAL_SCALE_RANGE = (2.0**-112, 2.0**117)
 
 
 def quantize(
@@ -48,7 +48,7 @@ def quantize(
             least squared error of the block among the rule's and its neighbours (from 0.7 to 1.5
             times it for e4m3, half and twice for e8m0), which may clip the largest element.
         global_scale: f32 `[...]` or a scalar to use instead of the rule's, within
-            [2^-116, 2^117]; larger blocks saturate. Only for formats that have one.
+            [2^-112, 2^117]; larger blocks saturate. Only for formats that have one.
         nonfinite: what an infinity or NaN in x does. "error": raises; where x is traced, and so
             cannot be looked at, it makes the matrix (MX formats: the block) NaN. "saturate": an
             infinity counts as the largest finite magnitude of its matrix, with its sign, and a
@@ -113,7 +113,7 @@ def _check_global_scale(
         with jax.ensure_compile_time_eval():
             if bad := int(jnp.sum(~((value >= low) & (value <= high)))):
                 raise ValueError(
-                    f"global_scale: must be within [2^-116, 2^117], but {bad} of {value.size} are "
+                    f"global_scale: must be within [2^-112, 2^117], but {bad} of {value.size} are "
                     "not; leave it out to have it computed."
                 )
     return jnp.broadcast_to(value, leading)
@@ -146,9 +146,7 @@ def _quantize(
     largest = jnp.asarray(format.max, format.element)
     value = jnp.minimum(codecs.float_from_bits(bits), largest.astype(jnp.float32))
     value = jnp.where(negative, -value, value)
-    return QuantizedTensor(
-        jnp.where(poisoned, x, value).astype(format.element), None, None, format
-    )
+    return QuantizedTensor(jnp.where(poisoned, x, value).astype(format.element), None, None, format)
 
 
 def _global_scale(
@@ -157,7 +155,7 @@ def _global_scale(
     given: jax.Array | None,
     divisor: tuple[int, int],
 ) -> jax.Array:
-    """f32 `[...]`: the given one, or amax / (odd * 2^log2) at least 2^-116; NaN if poisoned."""
+    """f32 `[...]`: the given one, or amax / (odd * 2^log2) at least 2^-112; NaN if poisoned."""
     low, _ = _GLOBAL_SCALE_RANGE
     if given is None:
         amax = bits.max((-2, -1), initial=0)
@@ -175,8 +173,8 @@ def _quantize_matrices(
 ) -> QuantizedTensor:
     codec = codecs.CODECS[format.element]
     global_scale = _global_scale(bits, poisoned, given, (7, 6))  # 448
-    step = global_scale[..., None, None]
-    codes = codecs.round_quotient(codecs.float_from_bits(bits), step, codec)
+    unit = global_scale[..., None, None]
+    codes = codecs.round_quotient(codecs.float_from_bits(bits), 1, unit, codec)
     return QuantizedTensor(_pack(codes, negative, format), None, global_scale, format)
 
 
@@ -188,8 +186,11 @@ def _quantize_blocks(
     format: Format,
     method: str,
 ) -> QuantizedTensor:
+    assert format.block_size is not None
+    assert format.scale is not None
     codec = codecs.CODECS[format.element]
-    shape, blocks = bits.shape, (*bits.shape[:-1], -1, format.block_size)
+    shape = bits.shape
+    blocks = (*shape[:-1], shape[-1] // format.block_size, format.block_size)
     global_scale = None
     scales: _BlockScales = _PowerScales(codec)
     if format.has_global_scale:
@@ -208,53 +209,61 @@ def _quantize_blocks(
     return QuantizedTensor(_pack(elements, negative, format), scale, global_scale, format)
 
 
-class _BlockScales(Protocol):
-    """Codes of block scales: int32 `[..., N, K / block_size]`."""
+@dataclass(frozen=True)
+class _BlockScales(abc.ABC):
+    """Codes of block scales: int32 `[..., N, K / block_size]`; `codec` is that of the elements."""
 
-    codec: codecs.Codec  # of the elements
-    last: int  # largest code
-    search: tuple[int, ...]  # offsets that method="mse" tries, nearest first: a tie keeps the rule
+    codec: codecs.Codec
+    last: ClassVar[int]  # largest code
+    # Offsets from the rule's code that method="mse" tries, nearest first, so that a tie keeps it.
+    search: ClassVar[tuple[int, ...]]
 
+    @abc.abstractmethod
     def rule(self, amax: jax.Array) -> jax.Array:
         """The code for the bits of a block's largest magnitude."""
 
+    @abc.abstractmethod
     def encode(self, x: jax.Array, code: jax.Array) -> jax.Array:
         """Element codes of magnitudes `[..., N, K / block_size, block_size]`."""
 
+    @abc.abstractmethod
     def step(self, code: jax.Array, exponent: jax.Array) -> jax.Array:
         """Value of an element 1, divided by 2^exponent."""
 
 
 @dataclass(frozen=True)
-class _FloatScales:
+class _FloatScales(_BlockScales):
     """e4m3 scales under a global scale: NVFP4."""
 
-    codec: codecs.Codec
     global_scale: jax.Array
-    last = _E4M3.last
+    last = codecs.E4M3.last
     # Eight codes are a factor of 2: these reach from about 0.7 (the largest element is clipped) to
     # about 1.5 times the rule's scale (the largest element becomes 4 instead of 6).
     search = (0, 1, -1, 2, -2, 3, -3, 4, -4, 5)
 
     def rule(self, amax: jax.Array) -> jax.Array:
-        largest = self.codec.decode(jnp.int32(self.codec.last))
-        return codecs.round_quotient(
-            codecs.float_from_bits(amax), largest * self.global_scale, _E4M3
-        )
+        largest = self.codec.multiple(jnp.int32(self.codec.last))
+        unit = self.global_scale * np.float32(2.0**self.codec.unit_log2)
+        return codecs.round_quotient(codecs.float_from_bits(amax), largest, unit, codecs.E4M3)
 
     def encode(self, x: jax.Array, code: jax.Array) -> jax.Array:
-        step = _E4M3.decode(code) * self.global_scale
-        return codecs.round_quotient(x, step[..., None], self.codec)
+        multiple = codecs.E4M3.multiple(code)[..., None]
+        unit = self.global_scale[..., None] * np.float32(2.0**codecs.E4M3.unit_log2)
+        return codecs.round_quotient(x, multiple, unit, self.codec)
 
     def step(self, code: jax.Array, exponent: jax.Array) -> jax.Array:
-        return codecs.times_power_of_two(_E4M3.decode(code) * self.global_scale, -exponent)
+        # Only the global scale's significand is multiplied, so that nothing can overflow.
+        bits = codecs.float_bits(self.global_scale)
+        significand = codecs.float_from_bits((bits & 0x7FFFFF) | 0x3F800000)
+        log2 = (bits >> 23) - 127 + codecs.E4M3.unit_log2 - exponent
+        multiple = codecs.E4M3.multiple(code).astype(jnp.float32)
+        return multiple * significand * codecs.power_of_two(jnp.clip(log2, -126, 100))
 
 
 @dataclass(frozen=True)
-class _PowerScales:
+class _PowerScales(_BlockScales):
     """e8m0 scales: MXFP4 and MXFP8."""
 
-    codec: codecs.Codec
     last = 254
     search = (0, 1, -1)
 
@@ -340,7 +349,7 @@ def dequantize(q: QuantizedTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
         code = lax.bitcast_convert_type(q.data, jnp.uint8).astype(jnp.int32)
         value = codecs.CODECS[format.element].decode_signed(code)
     if format.scale is not None:
-        blocks = value.reshape(*value.shape[:-1], -1, format.block_size)
+        blocks = value.reshape(*q.scale.shape, format.block_size)
         value = _times_scale(blocks, q.scale[..., None]).reshape(value.shape)
     if format.has_global_scale:
         value = value * q.global_scale[..., None, None]

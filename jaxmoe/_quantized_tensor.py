@@ -332,9 +332,7 @@ def _scale_facts(q: QuantizedTensor) -> list[tuple[str, jax.Array, int, str]]:
         if q.scale.dtype == FLOAT8_E8M0:
             facts.append(("scale", (bits == 0xFF).sum(), bits.size, "finite (0xFF is NaN)"))
         elif q.scale.dtype == FLOAT8_E4M3:
-            facts.append(
-                ("scale", (bits >= 0x7F).sum(), bits.size, "finite and not negative")
-            )
+            facts.append(("scale", (bits >= 0x7F).sum(), bits.size, "finite and not negative"))
             facts.append(
                 (
                     "scale",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -99,14 +98,14 @@ def _split(scale: np.ndarray, format: Format) -> tuple[Any, Any] | None:
             return None
         return (exponent - 1 + 127).astype(np.uint8), None
     largest = scale.max((-2, -1), keepdims=True)
-    values = np.asarray(jax.jit(codecs.decode_e4m3)(jnp.arange(119, 127)))[::-1]
+    values = np.asarray(codecs.E4M3.decode(jnp.arange(119, 127)))[::-1]
     globals_ = [np.ones_like(largest), *(largest / value for value in values)]
     result_scale, result_global = np.zeros(scale.shape, np.uint8), np.zeros_like(largest)
     for candidate in reversed(globals_):
         candidate = np.where(candidate > 0, candidate, 1).astype(np.float32)
         quotient = scale / candidate
-        code = np.asarray(codecs.encode_e4m3(jnp.asarray(quotient)))
-        nearest = np.asarray(codecs.decode_e4m3(jnp.asarray(code)))
+        code = np.asarray(codecs.E4M3.encode(jnp.asarray(quotient)))
+        nearest = np.asarray(codecs.E4M3.decode(jnp.asarray(code)))
         close = (np.abs(nearest - quotient) <= quotient * 2.0**-22).all((-2, -1), keepdims=True)
         result_scale = np.where(close, code, result_scale).astype(np.uint8)
         result_global = np.where(close, candidate, result_global)

@@ -12,12 +12,13 @@ count as zeros of their sign):
 - FP8: `global_scale = amax(x) / 448`; element = `e4m3(x / global_scale)`.
 - BF16: rounded.
 
-Rounding is to nearest, ties to the even code, saturating at the largest element. A quotient
-`x / step` is rounded by comparing |x| with the midpoints of neighbouring values times `step`, each
-product rounded to f32: no backend's division is involved. Two edges need a rule of their own:
+Rounding is to nearest, ties to the even code, saturating at the largest value. A quotient such as
+`x / (scale * global_scale)` is rounded by comparing |x| with the midpoints of neighbouring values
+times `scale` (exact) times `global_scale` (rounded to f32), so that no backend's division is
+involved. Two edges need a rule of their own:
 
-- A global scale that `quantize` chooses is at least 2^-116, so that no step and no dequantised
-  weight is subnormal. A matrix of zeros gets 2^-116.
+- A global scale that `quantize` chooses is at least 2^-112, so that no midpoint and no dequantised
+  weight is subnormal. A matrix of zeros gets 2^-112.
 - A block so small that its e4m3 scale rounds to 0 has scale 0 and elements 0: it dequantises to 0.
   A zero block in an MX format has scale 2^-127 (e8m0 has no zero).
 
