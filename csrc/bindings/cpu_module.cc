@@ -1,0 +1,129 @@
+// Python module jaxmoe._cpu: handler capsules, the manifest that the capability table is checked
+// against, the features of this machine, and workspace sizes.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "bindings/cpu_handlers.h"
+#include "cpu/features.h"
+#include "cpu/moe_mlp.h"
+#include "cpu/types.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using namespace jaxmoe::cpu;
+
+constexpr int kAbi = 1;
+
+// jax.ffi.register_ffi_target takes capsules of this name.
+nb::capsule handler(XLA_FFI_Handler* function) {
+  return nb::capsule(reinterpret_cast<void*>(function), "xla._CUSTOM_CALL_TARGET");
+}
+
+nb::dict registrations() {
+  nb::dict targets;
+  targets["jaxmoe_moe_mlp_cpu_v1"] = handler(&jaxmoe_moe_mlp_cpu_v1);
+  targets["jaxmoe_grouped_matmul_cpu_v1"] = handler(&jaxmoe_grouped_matmul_cpu_v1);
+  return targets;
+}
+
+nb::dict manifest() {
+  nb::dict variants;
+  for (const Variant variant : built_variants()) {
+    nb::dict entry;
+    entry["features"] = required_features(variant);
+    variants[variant_name(variant)] = entry;
+  }
+  nb::list formats, activations, ops;
+  for (int i = 0; i < kNumFormats; ++i) formats.append(format_name(static_cast<Format>(i)));
+  for (int i = 0; i < kNumActivations; ++i) {
+    activations.append(activation_info(static_cast<Activation>(i)).name);
+  }
+  ops.append("moe_mlp");
+  ops.append("grouped_matmul");
+  nb::dict result;
+  result["abi"] = kAbi;
+  result["library"] = "cpu";
+  result["layout"] = "panel32";
+  result["variants"] = variants;
+  result["formats"] = formats;
+  result["activations"] = activations;
+  result["ops"] = ops;
+  return result;
+}
+
+Variant built_variant(const std::string& name) {
+  const auto variant = parse_variant(name);
+  if (!variant)
+    throw nb::value_error(
+        ("variant must be one of " + variant_names() + ", got '" + name + "'").c_str());
+  for (const Variant built : built_variants()) {
+    if (built == *variant) return built;
+  }
+  throw nb::value_error(why_not(*variant).c_str());
+}
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return Dtype::kF32;
+  if (name == "bfloat16") return Dtype::kBf16;
+  throw nb::value_error(("x_dtype must be 'float32' or 'bfloat16', got '" + name + "'").c_str());
+}
+
+void check_op(const std::string& op, const char* expected) {
+  if (op == expected) return;
+  throw nb::value_error(
+      ("op must be '" + std::string(expected) + "' with these arguments, got '" + op + "'")
+          .c_str());
+}
+
+int64_t at_least_zero(const char* name, int64_t value) {
+  if (value >= 0) return value;
+  throw nb::value_error(
+      (std::string(name) + " must be >= 0, got " + std::to_string(value)).c_str());
+}
+
+// `gated` is taken so that every caller states it; the workspace holds activations, which are I
+// wide either way.
+int64_t moe_mlp_workspace(const std::string& op, int64_t tokens, int64_t hidden_size,
+                          int64_t intermediate_size, int64_t num_experts, int64_t top_k,
+                          bool /*gated*/, const std::string& x_dtype, const std::string& variant) {
+  check_op(op, "moe_mlp");
+  const MoeMlpShape shape = {
+      at_least_zero("tokens", tokens), at_least_zero("hidden_size", hidden_size),
+      at_least_zero("intermediate_size", intermediate_size),
+      at_least_zero("num_experts", num_experts), at_least_zero("top_k", top_k)};
+  return moe_mlp_workspace_bytes(built_variant(variant), dtype_of(x_dtype), shape);
+}
+
+// Every thread's scratch is its own; nothing is shared between phases.
+int64_t grouped_matmul_workspace(const std::string& op, int64_t rows, int64_t n, int64_t k,
+                                 int64_t num_experts, const std::string& x_dtype,
+                                 const std::string& variant) {
+  check_op(op, "grouped_matmul");
+  at_least_zero("rows", rows);
+  at_least_zero("n", n);
+  at_least_zero("k", k);
+  at_least_zero("num_experts", num_experts);
+  dtype_of(x_dtype);
+  built_variant(variant);
+  return 0;
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of jaxmoe.";
+  m.def("registrations", &registrations, "XLA FFI targets: name -> capsule.");
+  m.def("manifest", &manifest, "What this library was built with.");
+  m.def("cpu_features", &cpu_features, "Usable features of this machine.");
+  m.def("workspace_bytes", &moe_mlp_workspace, "op"_a, nb::kw_only(), "tokens"_a, "hidden_size"_a,
+        "intermediate_size"_a, "num_experts"_a, "top_k"_a, "gated"_a, "x_dtype"_a, "variant"_a,
+        "Bytes of moe_mlp's workspace output.");
+  m.def("workspace_bytes", &grouped_matmul_workspace, "op"_a, nb::kw_only(), "rows"_a, "n"_a, "k"_a,
+        "num_experts"_a, "x_dtype"_a, "variant"_a, "Bytes of grouped_matmul's workspace output.");
+}

@@ -1,0 +1,228 @@
+// Panel x rows in f32: c[r][lane] = sum_k a[r][k] * scale * e2m1(lane, k).
+//
+// Up to kStreamRows rows (decode): the panel is read once, from memory, with software prefetch. A
+// lane's dword of eight codes stays in a register; each code becomes its f32 value by a table
+// lookup and meets one broadcast of the row. A block is summed unscaled and then joins the
+// accumulator by one FMA with its scale.
+//
+// More rows: two superblocks at a time are decoded to scaled f32 in L1 (16 KB), then kRowTile rows
+// x kColumnVectors vectors of accumulators run over them. All weights are exact in f32 either way.
+//
+// Isa provides: kWidth, F, I, Codes, fma, load_codes, decode<j>, e4m3_scale (times 2^-8), E8m0 and
+// its product.
+#ifndef JAXMOE_CSRC_CPU_KERNEL_F32_H_
+#define JAXMOE_CSRC_CPU_KERNEL_F32_H_
+
+#include <utility>
+
+#include "cpu/epilogue.h"
+#include "cpu/kernels.h"
+#include "cpu/layout.h"
+#include "cpu/vector_math.h"
+
+namespace jaxmoe::cpu {
+
+template <class Function, int... kIndex>
+JAXMOE_INLINE void unroll(std::integer_sequence<int, kIndex...>, Function function) {
+  (function(std::integral_constant<int, kIndex>{}), ...);
+}
+
+// Scales of kWidth lanes of one block row.
+template <class Isa, Format kFormat>
+struct BlockScale;
+
+template <class Isa>
+struct BlockScale<Isa, Format::kNvfp4> {
+  typename Isa::F scale;
+  explicit JAXMOE_INLINE BlockScale(const uint8_t* bytes) : scale(Isa::e4m3_scale(bytes)) {}
+  JAXMOE_INLINE typename Isa::F times(typename Isa::F x) const { return x * scale; }
+  JAXMOE_INLINE typename Isa::F accumulate(typename Isa::F x, typename Isa::F sum) const {
+    return Isa::fma(x, scale, sum);
+  }
+};
+
+template <class Isa>
+struct BlockScale<Isa, Format::kMxfp4> {
+  typename Isa::E8m0 scale;
+  explicit JAXMOE_INLINE BlockScale(const uint8_t* bytes) : scale(bytes) {}
+  JAXMOE_INLINE typename Isa::F times(typename Isa::F x) const { return scale.times(x); }
+  JAXMOE_INLINE typename Isa::F accumulate(typename Isa::F x, typename Isa::F sum) const {
+    return scale.times(x) + sum;
+  }
+};
+
+template <class Isa, Format kFormat>
+struct PanelF32 {
+  using F = typename Isa::F;
+  using M = Math<Isa>;
+  using Scale = BlockScale<Isa, kFormat>;
+  using Eight = std::make_integer_sequence<int, 8>;
+
+  static constexpr int kWidth = Isa::kWidth;
+  static constexpr int kVectors = kPanelLanes / kWidth;
+  static constexpr int kBlock = block_size(kFormat);
+  static constexpr int kBlocks = kSuperblockK / kBlock;
+  static constexpr int kGroups = kBlock / 8;
+  static constexpr int kScaleBytes = scale_bytes(kFormat);
+  static constexpr int kBytes = superblock_bytes(kFormat);
+  static constexpr int kStreamRows = Isa::kStreamRows;
+  static constexpr int kChunkSuperblocks = Kernels::kDecodedFloats / kPanelLanes / kSuperblockK;
+  // Far enough to hide memory latency, near enough to stay in L1 until it is read.
+  static constexpr int kPrefetchBytes = 2304;
+
+  static void run(const uint8_t* panel, int64_t superblocks, const float* const* a, int rows,
+                  float* c, float* scratch) {
+    static constexpr auto kStream = streams(std::make_integer_sequence<int, kStreamRows>{});
+    if (rows <= kStreamRows) {
+      kStream[rows](panel, superblocks, a, c);
+      return;
+    }
+    for (int64_t s = 0; s < superblocks; s += kChunkSuperblocks) {
+      const int64_t left = superblocks - s;
+      const int chunk = static_cast<int>(left < kChunkSuperblocks ? left : kChunkSuperblocks);
+      for (int i = 0; i < chunk; ++i) {
+        decode(panel + (s + i) * kBytes, scratch + i * kSuperblockK * kPanelLanes);
+      }
+      multiply_all(scratch, chunk * kSuperblockK, a, s * kSuperblockK, rows, c, s == 0);
+    }
+  }
+
+ private:
+  static JAXMOE_INLINE void prefetch(const uint8_t* superblock) {
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(superblock + kPrefetchBytes + i);
+  }
+
+  template <int kRows>
+  static void stream(const uint8_t* panel, int64_t superblocks, const float* const* a, float* c) {
+    F sums[kRows][kVectors] = {};
+    for (int64_t s = 0; s < superblocks; ++s, panel += kBytes) {
+      prefetch(panel);
+      const uint8_t* codes = panel + kScaleBytes;
+      for (int b = 0; b < kBlocks; ++b) {
+        const int64_t k0 = s * kSuperblockK + b * kBlock;
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          F even[kRows] = {}, odd[kRows] = {};
+#pragma GCC unroll 4
+          for (int g = 0; g < kGroups; ++g) {
+            const auto dwords =
+                Isa::load_codes(codes + ((b * kGroups + g) * kPanelLanes + v * kWidth) * 4);
+            unroll(Eight{}, [&](auto j) JAXMOE_LAMBDA {
+              const F weight = Isa::template decode<j>(dwords);
+#pragma GCC unroll 4
+              for (int r = 0; r < kRows; ++r) {
+                F& sum = j % 2 ? odd[r] : even[r];
+                sum = Isa::fma(weight, M::splat(a[r][k0 + g * 8 + j]), sum);
+              }
+            });
+          }
+          const Scale scale(panel + b * kPanelLanes + v * kWidth);
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            sums[r][v] = scale.accumulate(even[r] + odd[r], sums[r][v]);
+          }
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) M::store(c + r * kPanelLanes + v * kWidth, sums[r][v]);
+    }
+  }
+
+  // One superblock to scaled[k][lane].
+  static void decode(const uint8_t* superblock, float* scaled) {
+    prefetch(superblock);
+    const uint8_t* codes = superblock + kScaleBytes;
+    for (int b = 0; b < kBlocks; ++b) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Scale scale(superblock + b * kPanelLanes + v * kWidth);
+        for (int g = 0; g < kGroups; ++g) {
+          const int group = b * kGroups + g;
+          const auto dwords = Isa::load_codes(codes + (group * kPanelLanes + v * kWidth) * 4);
+          unroll(Eight{}, [&](auto j) JAXMOE_LAMBDA {
+            M::store(scaled + (group * 8 + j) * kPanelLanes + v * kWidth,
+                     scale.times(Isa::template decode<j>(dwords)));
+          });
+        }
+      }
+    }
+  }
+
+  // Rows in passes of nearly equal size: 13 rows are 7 + 6, not 12 + 1.
+  static void multiply_all(const float* b, int k, const float* const* a, int64_t k0, int rows,
+                           float* c, bool first) {
+    static constexpr auto kMultiply = multiplies(std::make_integer_sequence<int, Isa::kRowTile>{});
+    const int passes = (rows + Isa::kRowTile - 1) / Isa::kRowTile;
+    for (int pass = 0; pass < passes; ++pass) {
+      const int begin = rows * pass / passes, end = rows * (pass + 1) / passes;
+      kMultiply[end - begin](b, k, a + begin, k0, c + begin * kPanelLanes, first);
+    }
+  }
+
+  template <int kRows>
+  static void multiply(const float* b, int k, const float* const* a, int64_t k0, float* c,
+                       bool first) {
+    constexpr int kColumns = Isa::kColumnVectors;
+    for (int v = 0; v < kVectors; v += kColumns, b += kColumns * kWidth, c += kColumns * kWidth) {
+      F sums[kRows][kColumns];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kColumns; ++n) {
+          sums[r][n] = first ? F{} : M::load(c + r * kPanelLanes + n * kWidth);
+        }
+      }
+      for (int i = 0; i < k; ++i) {
+        F weights[kColumns];
+#pragma GCC unroll 4
+        for (int n = 0; n < kColumns; ++n) weights[n] = M::load(b + i * kPanelLanes + n * kWidth);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const F x = M::splat(a[r][k0 + i]);
+#pragma GCC unroll 4
+          for (int n = 0; n < kColumns; ++n) sums[r][n] = Isa::fma(weights[n], x, sums[r][n]);
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kColumns; ++n) M::store(c + r * kPanelLanes + n * kWidth, sums[r][n]);
+      }
+    }
+  }
+
+  using StreamFunction = void (*)(const uint8_t*, int64_t, const float* const*, float*);
+  using MultiplyFunction = void (*)(const float*, int, const float* const*, int64_t, float*, bool);
+  template <class Function, int kCount>
+  struct Table {
+    Function functions[kCount + 1];
+    Function operator[](int rows) const { return functions[rows]; }
+  };
+  template <int... kRows>
+  static constexpr Table<StreamFunction, sizeof...(kRows)> streams(
+      std::integer_sequence<int, kRows...>) {
+    return {{nullptr, &stream<kRows + 1>...}};
+  }
+  template <int... kRows>
+  static constexpr Table<MultiplyFunction, sizeof...(kRows)> multiplies(
+      std::integer_sequence<int, kRows...>) {
+    return {{nullptr, &multiply<kRows + 1>...}};
+  }
+};
+
+// The entries of the table that every variant fills in the same way.
+template <class Isa>
+void fill_f32(Kernels& table) {
+  using EpilogueType = Epilogue<Isa>;
+  table.panel_f32[static_cast<int>(Format::kNvfp4)] = &PanelF32<Isa, Format::kNvfp4>::run;
+  table.panel_f32[static_cast<int>(Format::kMxfp4)] = &PanelF32<Isa, Format::kMxfp4>::run;
+  table.activate = &EpilogueType::activate;
+  table.combine = &EpilogueType::combine;
+  table.scale = &EpilogueType::scale;
+  table.widen = &EpilogueType::widen;
+  table.narrow = &EpilogueType::narrow;
+}
+
+}  // namespace jaxmoe::cpu
+
+#endif  // JAXMOE_CSRC_CPU_KERNEL_F32_H_

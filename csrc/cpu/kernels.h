@@ -1,0 +1,111 @@
+// The table of kernels that a variant provides. Everything that depends on the instruction set
+// stands behind it; the plans (moe_mlp.cc, grouped_matmul.cc) are plain C++.
+//
+// Products are handed over as c[row][32 lanes of a panel] in f32, without the expert's global scale
+// and, for NVFP4, times 2^-8 (an e4m3 scale becomes a float by way of f16, whose exponent bias is 8
+// larger): `product_scale` has both.
+#ifndef JAXMOE_CSRC_CPU_KERNELS_H_
+#define JAXMOE_CSRC_CPU_KERNELS_H_
+
+#include <cstdint>
+
+#include "cpu/types.h"
+
+namespace jaxmoe::cpu {
+
+// Rows as the bf16 tile kernels read them: tiles of 16 rows x 32 k, 1 KB each, at
+// data + ((tile * planes + plane) * k_blocks + k_block) * 1024, row r at + 64 r. Inside each 8 k
+// the order is 0,4,1,5,2,6,3,7, because a shifted dword of codes yields the pairs (j, j + 4). One
+// plane is bf16; three planes sum exactly to f32.
+struct TileRows {
+  uint8_t* data = nullptr;
+  int64_t k_blocks = 0;
+  int planes = 1;
+
+  inline __attribute__((always_inline)) uint8_t* at(int64_t row, int64_t k) const {
+    return data + ((row / kTileRows * planes) * k_blocks + k / kTileK) * kTileBytes +
+           row % kTileRows * 64 + k % kTileK * 2;
+  }
+  inline __attribute__((always_inline)) int64_t plane_stride() const {
+    return k_blocks * kTileBytes;
+  }
+
+  static constexpr int kTileRows = 16;
+  static constexpr int kTileK = 32;
+  static constexpr int kTileBytes = 1024;
+};
+
+struct ActivationCall {
+  Activation activation;
+  float product_scale;
+  const float*
+      row_scale;      // [rows], or null for ones: a token's weight where it applies to the input
+  const float* bias;  // 32 lanes
+  float params[kMaxActivationParams];
+};
+
+struct CombineCall {
+  float product_scale;
+  const float* bias;      // 32 lanes
+  const int32_t* tokens;  // [rows]: which row of `sums` a product belongs to
+  const float* weights;   // [rows]
+  float* sums;            // lane 0 of this panel in row 0
+  int64_t stride;         // of a row of `sums`, in floats
+};
+
+struct Kernels {
+  // c[r][lane] = sum_k a[r][k] w[lane][k] over the panel's padded k. Indexed by Format.
+  // `scratch` has kDecodedFloats floats.
+  using PanelF32 = void (*)(const uint8_t* panel, int64_t superblocks, const float* const* a,
+                            int rows, float* c, float* scratch);
+  PanelF32 panel_f32[kNumFormats] = {};
+
+  // The same on bf16 tiles; null where the variant has none. `c` has room for rows rounded up to
+  // whole tiles.
+  using PanelTiles = void (*)(const uint8_t* panel, int64_t superblocks, const TileRows& a,
+                              int rows, float* c, float* scratch);
+  PanelTiles panel_tiles[kNumFormats] = {};
+  // An expert with at least so many rows goes through the tiles.
+  int min_tile_rows = 0;
+
+  // Stores n (a multiple of 16) values into one row of tiles, at the address of the first one.
+  void (*pack_tile_f32)(const float* values, int64_t n, int planes, int64_t plane_stride,
+                        uint8_t* row) = nullptr;
+  void (*pack_tile_bf16)(const uint16_t* values, int64_t n, uint8_t* row) = nullptr;
+
+  // Gated: c[r][0..15] = act(gate lanes, up lanes); else c[r][0..31] = act(c[r]). In place.
+  void (*activate)(const ActivationCall& call, float* c, int rows) = nullptr;
+  // sums[tokens[r]] += weights[r] * (c[r] * product_scale + bias)
+  void (*combine)(const CombineCall& call, const float* c, int rows) = nullptr;
+  // c[r] = c[r] * product_scale + bias
+  void (*scale)(float product_scale, const float* bias, float* c, int rows) = nullptr;
+
+  void (*widen)(const uint16_t* bf16, float* f32, int64_t n) = nullptr;
+  void (*narrow)(const float* f32, uint16_t* bf16, int64_t n) = nullptr;  // round to nearest even
+
+  // Around a participant's work: the AMX tile configuration.
+  void (*enter)() = nullptr;
+  void (*leave)() = nullptr;
+
+  static constexpr int kDecodedFloats = 128 * 32;
+};
+
+inline constexpr float kProductExponent[kNumFormats] = {256.0f, 1.0f};
+
+// Null where the variant is not compiled into this library.
+const Kernels* kernels(Variant variant);
+
+// One translation unit each, compiled for its instruction set. They fill a table that kernels.cc
+// has made: not even a constructor of a shared type may be compiled for an instruction set that the
+// machine may lack.
+void fill_portable(Kernels& table);
+#if defined(__x86_64__)
+void fill_avx2(Kernels& table);
+void fill_avx512(Kernels& table);
+void fill_avx512_bf16(Kernels& table);
+void fill_amx(Kernels& table);
+#endif
+
+}  // namespace jaxmoe::cpu
+
+#endif  // JAXMOE_CSRC_CPU_KERNELS_H_

@@ -1,0 +1,87 @@
+#include "cpu/operand.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace jaxmoe::cpu {
+
+Operand dense_rows(const float* data, int64_t stride, int rows, Scratch& scratch) {
+  const float** pointers = scratch.get<const float*>(Scratch::kPointers, rows);
+  for (int r = 0; r < rows; ++r) pointers[r] = data + r * stride;
+  Operand operand;
+  operand.rows = pointers;
+  return operand;
+}
+
+Operand gather(const Kernels& kernels, bool tiles, const Matrix& x, int64_t first,
+               const int32_t* indices, int rows, Scratch& scratch) {
+  const int64_t padded = round_up(x.columns, kSuperblockK);
+  const auto source = [&](int r) { return x.row(first + (indices ? indices[r] : r)); };
+  Operand operand;
+  if (tiles) {
+    operand.tiles.planes = tile_planes(x.dtype);
+    operand.tiles.k_blocks = padded / TileRows::kTileK;
+    const int64_t bytes = round_up(rows, TileRows::kTileRows) * padded * 2 * operand.tiles.planes;
+    operand.tiles.data = scratch.get<uint8_t>(Scratch::kInput, bytes);
+    for (int r = 0; r < rows; ++r) {
+      uint8_t* row = operand.tiles.at(r, 0);
+      if (x.dtype == Dtype::kBf16) {
+        kernels.pack_tile_bf16(static_cast<const uint16_t*>(source(r)), x.columns, row);
+      } else {
+        kernels.pack_tile_f32(static_cast<const float*>(source(r)), x.columns, operand.tiles.planes,
+                              operand.tiles.plane_stride(), row);
+      }
+    }
+    zero_tile_padding(operand.tiles, rows, x.columns);
+    return operand;
+  }
+  if (x.dtype == Dtype::kF32 && x.columns == padded) {
+    const float** pointers = scratch.get<const float*>(Scratch::kPointers, rows);
+    for (int r = 0; r < rows; ++r) pointers[r] = static_cast<const float*>(source(r));
+    operand.rows = pointers;
+    return operand;
+  }
+  float* copy = scratch.get<float>(Scratch::kInput, rows * padded);
+  for (int r = 0; r < rows; ++r) {
+    float* row = copy + r * padded;
+    if (x.dtype == Dtype::kBf16) {
+      kernels.widen(static_cast<const uint16_t*>(source(r)), row, x.columns);
+    } else {
+      std::memcpy(row, source(r), x.columns * sizeof(float));
+    }
+    std::fill(row + x.columns, row + padded, 0.0f);
+  }
+  return dense_rows(copy, padded, rows, scratch);
+}
+
+void zero_tile_padding(const TileRows& tiles, int rows, int64_t columns) {
+  const int padded_rows = static_cast<int>(round_up(rows, TileRows::kTileRows));
+  const int64_t padded_columns = tiles.k_blocks * TileRows::kTileK;
+  for (int r = 0; r < padded_rows; ++r) {
+    for (int64_t k = r < rows ? columns : 0; k < padded_columns;) {
+      const int64_t end = std::min(padded_columns, round_up(k + 1, TileRows::kTileK));
+      for (int plane = 0; plane < tiles.planes; ++plane) {
+        std::memset(tiles.at(r, k) + plane * tiles.plane_stride(), 0, (end - k) * 2);
+      }
+      k = end;
+    }
+  }
+}
+
+float* product_buffer(int rows, Scratch& scratch) {
+  return scratch.get<float>(Scratch::kProduct, round_up(rows, TileRows::kTileRows) * kPanelLanes);
+}
+
+void multiply_panel(const Kernels& kernels, Format format, const uint8_t* panel,
+                    const PanelGeometry& geometry, const Operand& a, int rows, float* c,
+                    Scratch& scratch) {
+  float* decoded = scratch.get<float>(Scratch::kWeights, Kernels::kDecodedFloats);
+  const int index = static_cast<int>(format);
+  if (a.is_tiles()) {
+    kernels.panel_tiles[index](panel, geometry.superblocks, a.tiles, rows, c, decoded);
+  } else {
+    kernels.panel_f32[index](panel, geometry.superblocks, a.rows, rows, c, decoded);
+  }
+}
+
+}  // namespace jaxmoe::cpu

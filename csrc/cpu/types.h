@@ -1,0 +1,59 @@
+// Vocabulary of the CPU library: formats, dtypes, variants and activations, with the names that
+// Python uses.
+#ifndef JAXMOE_CSRC_CPU_TYPES_H_
+#define JAXMOE_CSRC_CPU_TYPES_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+
+namespace jaxmoe::cpu {
+
+enum class Format { kNvfp4, kMxfp4 };
+inline constexpr int kNumFormats = 2;
+
+enum class Dtype { kF32, kBf16 };
+
+// In ascending order of what they ask of the processor.
+enum class Variant { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+inline constexpr int kNumVariants = 5;
+
+enum class Activation {
+  kSwiglu,
+  kSwigluStep,
+  kGeglu,
+  kGegluTanh,
+  kSitu,
+  kRelu2,
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kRelu,
+  kIdentity,
+};
+inline constexpr int kNumActivations = 11;
+inline constexpr int kMaxActivationParams = 3;
+
+struct ActivationInfo {
+  const char* name;
+  bool gated;
+  int num_params;
+};
+
+const ActivationInfo& activation_info(Activation activation);
+const char* format_name(Format format);
+const char* variant_name(Variant variant);
+
+std::optional<Activation> parse_activation(std::string_view name);
+std::optional<Format> parse_format(std::string_view name);
+std::optional<Variant> parse_variant(std::string_view name);
+
+// "a, b, c": the known names of each kind, for error messages.
+std::string activation_names();
+std::string format_names();
+std::string variant_names();
+
+}  // namespace jaxmoe::cpu
+
+#endif  // JAXMOE_CSRC_CPU_TYPES_H_
