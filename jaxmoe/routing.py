@@ -273,7 +273,8 @@ class Router:
     def _mask_groups(self, keys: jax.Array) -> jax.Array:
         if self.num_groups == 1:
             return keys
-        grouped = keys.reshape(*keys.shape[:-1], self.num_groups, -1)
+        size = keys.shape[-1] // self.num_groups
+        grouped = keys.reshape(*keys.shape[:-1], self.num_groups, size)
         best = lax.top_k(grouped, min(2, grouped.shape[-1]))[0]
         group_scores = best[..., 0]
         if self.group_score == "top2_sum":
