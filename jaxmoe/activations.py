@@ -48,13 +48,17 @@ _POSITIVE = {"finite": False, "positive": True}
 _FINITE_POSITIVE = {"finite": True, "positive": True}
 
 
+def _number(value: Any) -> float:
+    if isinstance(value, str):  # float("7") would accept it
+        raise TypeError
+    return float(value)
+
+
 def _static(value: Any) -> Any:
     """A parameter as a float or a tuple of floats, both hashable; a `jax.Array` as it is."""
-    if isinstance(value, jax.Array):
+    if isinstance(value, jax.Array) or np.ndim(value) > 1:
         return value
-    if isinstance(value, list | tuple | np.ndarray) and np.ndim(value):
-        return tuple(map(float, value)) if np.ndim(value) == 1 else value
-    return float(value)
+    return tuple(map(_number, value)) if np.ndim(value) else _number(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Activation:
                 raise ValueError(
                     f"{what} must be a number, or one number per expert; got {value!r}"
                 ) from error
-            if np.ndim(value) > 1:
+            if np.ndim(value) > 1 or np.size(value) == 0:
                 raise ValueError(
                     f"{what} must be a scalar or one value per expert, shape [num_experts]; "
                     f"got shape {np.shape(value)}"
