@@ -88,7 +88,7 @@ def moe_mlp(
     resolution = kernels.select(
         moe_mlp_problem(x.dtype, experts, expert_ids.shape[1], activation, compute), implementation
     )
-    call = _MlpCall(resolution.selected, MlpConfig(type(activation), weight_on_input))
+    call = _MlpCall(resolution.variant, MlpConfig(type(activation), weight_on_input))
     return _moe_mlp(
         call,
         x,
@@ -183,7 +183,7 @@ def grouped_matmul(
         top_k=1,
     )
     resolution = kernels.select(problem, implementation)
-    call = _GroupedCall(resolution.selected, out_dtype.name)
+    call = _GroupedCall(resolution.variant, out_dtype.name)
     return _grouped_matmul(
         call, x, kernels.lay_out(w, resolution, False), group_sizes, bias, offset
     )

@@ -58,8 +58,10 @@ def select(problem: Problem, implementation: Any = None) -> Resolution:
     """
     while True:
         resolution = capability.select(problem, implementation, **installation())
-        row = _ROWS[resolution.selected]
-        why = _FAMILIES[row.family].self_test(row.variant) if row.family in _FAMILIES else ""
+        row = _ROWS[resolution.variant]
+        if row.family not in _FAMILIES or capability.current_override().target is not None:
+            return resolution  # nothing native, or tracing for a machine that may not be this one
+        why = _FAMILIES[row.family].self_test(row.variant)
         if not why:
             return resolution
         _disqualified[row.variant] = why
@@ -84,7 +86,7 @@ def layout_for(
         num_experts=w.shape[0],
         top_k=1,
     )
-    return _ROWS[select(problem, variant).selected].layout
+    return _ROWS[select(problem, variant).variant].layout
 
 
 def to_layout(w: Any, layout: str, *, gated: bool) -> PreparedMatrix:
@@ -98,7 +100,7 @@ def lay_out(weights: Any, resolution: Resolution, gated: bool) -> Any:
     Raises:
       ValueError: if they were prepared for a variant of another layout.
     """
-    want = _ROWS[resolution.selected].layout
+    want = _ROWS[resolution.variant].layout
     w = weights.down if isinstance(weights, ExpertWeights) else weights
     have = w.layout if isinstance(w, PreparedMatrix) else CANONICAL
     if have == want:

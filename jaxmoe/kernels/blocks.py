@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 Carry = TypeVar("Carry")
+Rows = TypeVar("Rows")
 
 # Upper bound on the float32 bytes of dequantised weights that one step of the loop may hold.
 _STEP_BYTES = 64 * 2**20
@@ -22,15 +23,16 @@ class Blocks:
     Attributes:
       expert: `i32[NB]`, index among the local experts.
       row: `i32[NB, block_rows]`, the row of the caller's array, or `num_rows` for padding.
+      place: `i32[num_rows]`, where each row stands in the flattened blocks, or `row.size` for a
+        row that is in no block.
       count: `i32[]`, how many blocks are in use; the others hold only padding.
-      num_rows: rows of the caller's array.
       step: how many blocks one step of the loop takes.
     """
 
     expert: jax.Array
     row: jax.Array
+    place: jax.Array
     count: jax.Array
-    num_rows: int
     step: int
 
 
@@ -65,15 +67,28 @@ def cut(
     total = -(-total // step) * step
     blocks = -(-size // rows)
     end = jnp.cumsum(blocks)
-    index = jnp.arange(total, dtype=jnp.int32)
-    expert = jnp.searchsorted(end, index, side="right", method="compare_all").astype(jnp.int32)
-    expert = jnp.minimum(expert, num_experts - 1)
-    within = (index - (end - blocks)[expert]) * rows
+    first = end - blocks
+    expert = _owner(end, jnp.arange(total, dtype=jnp.int32))
+    within = (jnp.arange(total, dtype=jnp.int32) - first[expert]) * rows
     offset = within[:, None] + jnp.arange(rows, dtype=jnp.int32)
-    used = (offset >= 0) & (offset < size[expert][:, None]) & (index < end[-1])[:, None]
+    used = (offset >= 0) & (offset < size[expert][:, None])
     position = jnp.where(used, start[expert][:, None] + offset, 0)
-    row = position if order is None else order[position]
-    return Blocks(expert, jnp.where(used, row, num_rows), end[-1], num_rows, step)
+    row = jnp.where(used, position if order is None else order[position], num_rows)
+
+    position = jnp.arange(num_rows, dtype=jnp.int32)
+    if order is not None:
+        position = jnp.zeros_like(order).at[order].set(position, unique_indices=True)
+    expert_of = _owner(start + size, position)
+    offset = position - start[expert_of]
+    inside = (offset >= 0) & (offset < size[expert_of])
+    place = jnp.where(inside, first[expert_of] * rows + offset, total * rows)
+    return Blocks(expert, row, place, end[-1], step)
+
+
+def _owner(end: jax.Array, index: jax.Array) -> jax.Array:
+    """The first expert whose `end` lies beyond each index, or the last expert."""
+    expert = jnp.searchsorted(end, index, side="right").astype(jnp.int32)
+    return jnp.minimum(expert, end.shape[0] - 1)
 
 
 def by_expert(
@@ -108,28 +123,51 @@ def by_group(
     return cut(None, edges[group], size, num_rows, expert_bytes)
 
 
-def fold(blocks: Blocks, body: Callable[[jax.Array, jax.Array, Carry], Carry], init: Carry) -> Carry:
-    """Runs `carry = body(expert[step], row[step, rows], carry)` over the blocks in use."""
-    if blocks.num_rows == 0:
-        return init
+def rows_map(
+    blocks: Blocks,
+    body: Callable[[jax.Array, jax.Array, Carry], tuple[Rows, Carry]],
+    shapes: Rows,
+    init: Carry,
+) -> tuple[Rows, Carry]:
+    """Runs `values, carry = body(expert[C], row[C, rows], carry)` over the blocks in use.
 
-    def one(i: jax.Array, carry: Any) -> Any:
+    Args:
+      blocks: the schedule.
+      body: one step; the leaves of `values` are `[C, rows, ...]`, one value for each row.
+      shapes: the leaves of `values` for one row, as arrays (their shape and dtype count).
+      init: the first carry.
+
+    Returns:
+      The values of all rows, leaves `[num_rows, ...]` with zeros for rows in no block; and the last
+      carry. Values are written in the order of the blocks and gathered back at the end: a scatter
+      would be slower on GPUs.
+    """
+    slots = blocks.row.shape
+
+    def one(i: jax.Array, state: Any) -> Any:
+        values, carry = state
         first = i * blocks.step
         expert = jax.lax.dynamic_slice_in_dim(blocks.expert, first, blocks.step)
         row = jax.lax.dynamic_slice_in_dim(blocks.row, first, blocks.step)
-        return body(expert, row, carry)
+        part, carry = body(expert, row, carry)
+        values = jax.tree.map(
+            lambda v, p: jax.lax.dynamic_update_slice_in_dim(v, p.astype(v.dtype), first, axis=0),
+            values,
+            part,
+        )
+        return values, carry
 
-    return jax.lax.fori_loop(0, -(-blocks.count // blocks.step), one, init)
+    values = jax.tree.map(lambda s: jnp.zeros((*slots, *s.shape), s.dtype), shapes)
+    if blocks.place.shape[0]:
+        steps = -(-blocks.count // blocks.step)
+        values, init = jax.lax.fori_loop(0, steps, one, (values, init))
+    flat = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), values)
+    return jax.tree.map(lambda v: take_rows(v, blocks.place), flat), init
 
 
 def take_rows(a: jax.Array, row: jax.Array) -> jax.Array:
-    """`a[row]` with zeros where `row` is the padding mark `a.shape[0]`."""
+    """`a[row]` with zeros where `row` is past the end of `a`."""
     return jnp.take(a, row, axis=0, mode="fill", fill_value=0)
-
-
-def put_rows(a: jax.Array, row: jax.Array, value: jax.Array) -> jax.Array:
-    """`a` with `a[row] = value`, leaving out padding."""
-    return a.at[row].set(value.astype(a.dtype), mode="drop", unique_indices=False)
 
 
 def add_by_expert(total: jax.Array, expert: jax.Array, value: jax.Array) -> jax.Array:

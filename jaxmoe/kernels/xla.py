@@ -118,7 +118,7 @@ def moe_mlp(
     )
     flat = weights.reshape(-1).astype(jnp.float32)
 
-    def body(expert: jax.Array, row: jax.Array, y: jax.Array) -> jax.Array:
+    def body(expert: jax.Array, row: jax.Array, _: None) -> tuple[jax.Array, None]:
         part = _mlp_rows(
             config,
             blk.take_rows(x, jnp.where(row < t * k, row // k, t)).astype(dtype),
@@ -128,9 +128,9 @@ def moe_mlp(
             _optional(experts.down_bias, expert),
             params[:, expert],
         )
-        return blk.put_rows(y, row, part)
+        return part, None
 
-    y = blk.fold(blocks, body, jnp.zeros((t * k, x.shape[1]), jnp.float32))
+    y, _ = blk.rows_map(blocks, body, jax.ShapeDtypeStruct(x.shape[1:], jnp.float32), None)
     return _combine(y, t, k).astype(x.dtype)
 
 
@@ -181,16 +181,14 @@ def moe_mlp_gradients(
     def zeros(a: Any) -> jax.Array | None:
         return None if a is None else jnp.zeros(a.shape, jnp.float32)
 
-    init = MlpGradients(
-        x=jnp.zeros((t * k, x.shape[1]), jnp.float32),
-        weights=jnp.zeros(t * k, jnp.float32),
-        gate_up=zeros(experts.gate_up) if trainable else None,
-        down=zeros(experts.down) if trainable else None,
-        gate_up_bias=zeros(experts.gate_up_bias),
-        down_bias=zeros(experts.down_bias),
+    init = (
+        zeros(experts.gate_up) if trainable else None,
+        zeros(experts.down) if trainable else None,
+        zeros(experts.gate_up_bias),
+        zeros(experts.down_bias),
     )
 
-    def body(expert: jax.Array, row: jax.Array, g: MlpGradients) -> MlpGradients:
+    def body(expert: jax.Array, row: jax.Array, sums: Any) -> tuple[Any, Any]:
         token = jnp.where(row < t * k, row // k, t)
         w1, f1, w2, f2 = _step_weights(experts, expert, dtype)
 
@@ -212,27 +210,23 @@ def moe_mlp_gradients(
                 return total
             return blk.add_by_expert(total, expert, value.astype(jnp.float32))
 
-        return MlpGradients(
-            x=blk.put_rows(g.x, row, dx),
-            weights=blk.put_rows(g.weights, row, dweight),
-            gate_up=add(g.gate_up, dw[0] if trainable else None),
-            down=add(g.down, dw[1] if trainable else None),
-            gate_up_bias=add(g.gate_up_bias, db1),
-            down_bias=add(g.down_bias, db2),
-        )
+        parts = (*(dw or (None, None)), db1, db2)
+        return (dx, dweight), tuple(map(add, sums, parts))
 
-    g = blk.fold(blocks, body, init)
+    shapes = (
+        jax.ShapeDtypeStruct(x.shape[1:], jnp.float32),
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )
+    (dx, dweights), sums = blk.rows_map(blocks, body, shapes, init)
 
     def like(total: jax.Array | None, a: Any) -> jax.Array | None:
         return None if total is None else total.astype(a.dtype)
 
+    arrays = (experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias)
     return MlpGradients(
-        x=_combine(g.x, t, k).astype(x.dtype),
-        weights=g.weights.reshape(t, k).astype(weights.dtype),
-        gate_up=like(g.gate_up, experts.gate_up),
-        down=like(g.down, experts.down),
-        gate_up_bias=like(g.gate_up_bias, experts.gate_up_bias),
-        down_bias=like(g.down_bias, experts.down_bias),
+        _combine(dx, t, k).astype(x.dtype),
+        dweights.reshape(t, k).astype(weights.dtype),
+        *map(like, sums, arrays),
     )
 
 
@@ -249,13 +243,13 @@ def grouped_matmul(
     dtype = _compute_dtype(x)
     blocks = blk.by_group(group_sizes, e, group_offset, x.shape[0], 4 * n * k)
 
-    def body(expert: jax.Array, row: jax.Array, y: jax.Array) -> jax.Array:
+    def body(expert: jax.Array, row: jax.Array, _: None) -> tuple[jax.Array, None]:
         part = _product(blk.take_rows(x, row).astype(dtype), *_dequantize(w, expert, dtype))
         if bias is not None:
             part = part + bias[expert].astype(jnp.float32)[:, None, :]
-        return blk.put_rows(y, row, part)
+        return part, None
 
-    return blk.fold(blocks, body, jnp.zeros((x.shape[0], n), out_dtype))
+    return blk.rows_map(blocks, body, jax.ShapeDtypeStruct((n,), out_dtype), None)[0]
 
 
 def grouped_matmul_gradients(
@@ -272,26 +266,21 @@ def grouped_matmul_gradients(
     blocks = blk.by_group(group_sizes, e, group_offset, x.shape[0], 4 * n * k)
     trainable = is_plain(w)
     init = (
-        jnp.zeros(x.shape, jnp.float32),
         jnp.zeros(w.shape, jnp.float32) if trainable else None,
         None if bias is None else jnp.zeros(bias.shape, jnp.float32),
     )
 
-    def body(expert: jax.Array, row: jax.Array, g: Any) -> Any:
-        dx, dw, db = g
+    def body(expert: jax.Array, row: jax.Array, sums: Any) -> tuple[jax.Array, Any]:
+        dw, db = sums
         dy = blk.take_rows(cotangent, row).astype(jnp.float32)
         matrix, factor = _dequantize(w, expert, dtype)
         scaled = (dy * factor[:, None, None]).astype(dtype)
-        dx = blk.put_rows(
-            dx,
-            row,
-            jnp.einsum(
-                "cbn,cnk->cbk",
-                scaled,
-                matrix,
-                precision="highest",
-                preferred_element_type=jnp.float32,
-            ),
+        dx = jnp.einsum(
+            "cbn,cnk->cbk",
+            scaled,
+            matrix,
+            precision="highest",
+            preferred_element_type=jnp.float32,
         )
         if dw is not None:
             part = jnp.einsum(
@@ -304,9 +293,10 @@ def grouped_matmul_gradients(
             dw = blk.add_by_expert(dw, expert, part)
         if db is not None:
             db = blk.add_by_expert(db, expert, dy.sum(axis=1))
-        return dx, dw, db
+        return dx, (dw, db)
 
-    dx, dw, db = blk.fold(blocks, body, init)
+    shape = jax.ShapeDtypeStruct(x.shape[1:], jnp.float32)
+    dx, (dw, db) = blk.rows_map(blocks, body, shape, init)
     return (
         dx.astype(x.dtype),
         None if dw is None else dw.astype(w.dtype),
