@@ -12,7 +12,7 @@ import jax.numpy as jnp
 Carry = TypeVar("Carry")
 Rows = TypeVar("Rows")
 
-# Upper bound on the float32 bytes of dequantised weights that one step of the loop may hold.
+# Upper bound on the float32 bytes of weights that one step of the loop may hold.
 _STEP_BYTES = 64 * 2**20
 
 
@@ -36,6 +36,14 @@ class Blocks:
     step: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one block costs: `expert_bytes` of float32 weights, and whether they are dequantised."""
+
+    expert_bytes: int
+    dequantises: bool
+
+
 def _block_rows(num_rows: int, num_experts: int) -> int:
     """A power of two that keeps both the padding and the number of blocks small.
 
@@ -48,7 +56,7 @@ def _block_rows(num_rows: int, num_experts: int) -> int:
 
 
 def cut(
-    order: jax.Array | None, start: jax.Array, size: jax.Array, num_rows: int, expert_bytes: int
+    order: jax.Array | None, start: jax.Array, size: jax.Array, num_rows: int, work: Work
 ) -> Blocks:
     """Cuts groups of sorted rows into blocks.
 
@@ -57,13 +65,14 @@ def cut(
       start: `i32[E]`, sorted position of each expert's first row.
       size: `i32[E]`, rows of each expert.
       num_rows: number of rows.
-      expert_bytes: float32 bytes of one dequantised expert, which bound the work of a step.
+      work: bounds of one step.
     """
     num_experts = start.shape[0]
     rows = _block_rows(num_rows, num_experts)
     total = num_rows // rows + min(num_experts, num_rows)
-    # Never every expert at once, whatever the experts' size.
-    step = max(1, min(_STEP_BYTES // expert_bytes, num_experts // 2, total))
+    step = max(1, min(_STEP_BYTES // work.expert_bytes, total))
+    if work.dequantises:  # never every expert at once, whatever the experts' size
+        step = min(step, max(1, num_experts // 2))
     total = -(-total // step) * step
     blocks = -(-size // rows)
     end = jnp.cumsum(blocks)
@@ -92,7 +101,7 @@ def _owner(end: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def by_expert(
-    expert_ids: jax.Array, num_experts: int, expert_offset: jax.Array, expert_bytes: int
+    expert_ids: jax.Array, num_experts: int, expert_offset: jax.Array, work: Work
 ) -> Blocks:
     """Blocks of the (token, choice) pairs of `expert_ids[T, k]`, pair `t * k + j`.
 
@@ -103,7 +112,7 @@ def by_expert(
     order = jnp.argsort(local, stable=True).astype(jnp.int32)
     edges = jnp.searchsorted(local[order], jnp.arange(num_experts + 1), method="sort")
     edges = edges.astype(jnp.int32)
-    return cut(order, edges[:-1], edges[1:] - edges[:-1], local.shape[0], expert_bytes)
+    return cut(order, edges[:-1], edges[1:] - edges[:-1], local.shape[0], work)
 
 
 def by_group(
@@ -111,7 +120,7 @@ def by_group(
     num_experts: int,
     group_offset: jax.Array,
     num_rows: int,
-    expert_bytes: int,
+    work: Work,
 ) -> Blocks:
     """Blocks of rows that are sorted by group; group `group_offset + e` uses expert e."""
     edges = jnp.cumsum(jnp.maximum(group_sizes, 0), dtype=jnp.int32)
@@ -120,7 +129,7 @@ def by_group(
     inside = (group >= 0) & (group < group_sizes.shape[0])
     group = jnp.where(inside, group, 0)
     size = jnp.where(inside, edges[group + 1] - edges[group], 0)
-    return cut(None, edges[group], size, num_rows, expert_bytes)
+    return cut(None, edges[group], size, num_rows, work)
 
 
 def rows_map(
@@ -158,7 +167,9 @@ def rows_map(
         return values, carry
 
     values = jax.tree.map(lambda s: jnp.zeros((*slots, *s.shape), s.dtype), shapes)
-    if blocks.place.shape[0]:
+    if slots[0] == blocks.step:
+        values, init = one(0, (values, init))
+    elif slots[0]:
         steps = -(-blocks.count // blocks.step)
         values, init = jax.lax.fori_loop(0, steps, one, (values, init))
     flat = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), values)

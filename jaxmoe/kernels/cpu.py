@@ -129,12 +129,10 @@ def grouped_matmul(
         return jnp.zeros((0, n), out_dtype)
     workspace = _native().workspace_bytes(
         "grouped_matmul",
-        tokens=x.shape[0],
-        hidden_size=k,
-        intermediate_size=n,
+        rows=x.shape[0],
+        n=n,
+        k=k,
         num_experts=e,
-        top_k=1,
-        gated=False,
         x_dtype=str(x.dtype),
         variant=variant,
     )

@@ -94,8 +94,9 @@ def _optional(a: jax.Array | None, expert: jax.Array) -> jax.Array | None:
     return None if a is None else a[expert].astype(jnp.float32)
 
 
-def _expert_bytes(experts: ExpertWeights, gated: bool) -> int:
-    return 4 * experts.hidden_size * experts.intermediate_size * (3 if gated else 2)
+def _work(experts: ExpertWeights, gated: bool) -> blk.Work:
+    elements = experts.hidden_size * experts.intermediate_size * (3 if gated else 2)
+    return blk.Work(4 * elements, not is_plain(experts.down))
 
 
 def moe_mlp(
@@ -110,12 +111,8 @@ def moe_mlp(
     """Sorts, gathers, multiplies, activates, multiplies, combines; see `jaxmoe.moe_mlp`."""
     t, k = expert_ids.shape
     dtype = _compute_dtype(x)
-    blocks = blk.by_expert(
-        expert_ids,
-        experts.num_experts,
-        expert_offset,
-        _expert_bytes(experts, config.activation.gated),
-    )
+    work = _work(experts, config.activation.gated)
+    blocks = blk.by_expert(expert_ids, experts.num_experts, expert_offset, work)
     flat = weights.reshape(-1).astype(jnp.float32)
 
     def body(expert: jax.Array, row: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -169,12 +166,8 @@ def moe_mlp_gradients(
     """Pulls `cotangent[T, H]` back, recomputing the forward pass block by block."""
     t, k = expert_ids.shape
     dtype = _compute_dtype(x)
-    blocks = blk.by_expert(
-        expert_ids,
-        experts.num_experts,
-        expert_offset,
-        _expert_bytes(experts, config.activation.gated),
-    )
+    work = _work(experts, config.activation.gated)
+    blocks = blk.by_expert(expert_ids, experts.num_experts, expert_offset, work)
     flat = weights.reshape(-1).astype(jnp.float32)
     trainable = is_plain(experts.down)
 
@@ -241,7 +234,9 @@ def grouped_matmul(
     """Product of each group's rows with its expert's matrix; see `jaxmoe.grouped_matmul`."""
     e, n, k = w.shape
     dtype = _compute_dtype(x)
-    blocks = blk.by_group(group_sizes, e, group_offset, x.shape[0], 4 * n * k)
+    blocks = blk.by_group(
+        group_sizes, e, group_offset, x.shape[0], blk.Work(4 * n * k, not is_plain(w))
+    )
 
     def body(expert: jax.Array, row: jax.Array, _: None) -> tuple[jax.Array, None]:
         part = _product(blk.take_rows(x, row).astype(dtype), *_dequantize(w, expert, dtype))
@@ -263,7 +258,9 @@ def grouped_matmul_gradients(
     """Cotangents of x, w (None if quantised) and bias (None if absent)."""
     e, n, k = w.shape
     dtype = _compute_dtype(x)
-    blocks = blk.by_group(group_sizes, e, group_offset, x.shape[0], 4 * n * k)
+    blocks = blk.by_group(
+        group_sizes, e, group_offset, x.shape[0], blk.Work(4 * n * k, not is_plain(w))
+    )
     trainable = is_plain(w)
     init = (
         jnp.zeros(w.shape, jnp.float32) if trainable else None,
