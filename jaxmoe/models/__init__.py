@@ -1,0 +1,21 @@
+"""Decoder language models whose feed-forward layers are `jaxmoe.nn.MoE`; needs Flax.
+
+>>> from jaxmoe import models
+>>> model = models.load(models.bundled(), "nvfp4")                             # doctest: +SKIP
+>>> print(models.generate_text(model, "The :mod:`queue` module"))              # doctest: +SKIP
+"""
+
+from jaxmoe.models._config import DecoderConfig as DecoderConfig
+from jaxmoe.models._decoder import Decoder as Decoder
+from jaxmoe.models._decoder import DecoderAux as DecoderAux
+from jaxmoe.models._decoder import KVCache as KVCache
+from jaxmoe.models._evaluation import bits_per_byte as bits_per_byte
+from jaxmoe.models._generation import SEPARATOR as SEPARATOR
+from jaxmoe.models._generation import generate as generate
+from jaxmoe.models._generation import generate_text as generate_text
+from jaxmoe.models._sampling import Sampling as Sampling
+from jaxmoe.models._sampling import sample as sample
+from jaxmoe.models._storage import available_formats as available_formats
+from jaxmoe.models._storage import bundled as bundled
+from jaxmoe.models._storage import load as load
+from jaxmoe.models._storage import save as save

@@ -1,0 +1,470 @@
+"""The decoder: attention and positions against NumPy, cache against no cache, sampling, storage."""
+
+import functools
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmoe import checkpoint, models
+from jaxmoe import nn as moe_nn
+from jaxmoe.models import DecoderConfig, Sampling, _decoder, _evaluation, _generation, _sampling
+
+CONFIG = DecoderConfig(
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=32,
+    num_experts=8,
+    top_k=2,
+    max_length=96,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    """The model on disk in bf16 and both FP4 formats, quantised from the bf16 file."""
+    folder = tmp_path_factory.mktemp("model")
+    models.save(model, folder)
+    stored = models.load(folder, "bf16")
+    for weight_format in ("nvfp4", "mxfp4"):
+        models.save(moe_nn.quantize(stored, weight_format), folder)
+    return folder
+
+
+def tokens(batch, length, seed=0):
+    return jax.random.randint(jax.random.key(seed), (batch, length), 0, 256)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(graph, state, ids, cache):
+    model = nnx.merge(graph, state)
+    hidden, cache, aux = model.hidden(ids, cache)
+    return model.logits(hidden), cache, aux
+
+
+def logits_of(model, ids):
+    return run(*nnx.split(model), ids, None)[0]
+
+
+# --- configuration -------------------------------------------------------------------------------
+
+
+def test_config_survives_json():
+    assert DecoderConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 0}, "num_layers must be an int of at least 1, got 0"),
+        ({"hidden_size": 64.0}, "hidden_size must be an int"),
+        ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads=3, got 4"),
+        ({"head_dim": 15}, "head_dim must be even"),
+        ({"top_k": 9}, "top_k must be at most num_experts=8, got 9"),
+        ({"depth": 3}, "unknown field 'depth'"),
+        ({"num_heads": None}, "field 'num_heads' is missing"),
+    ],
+)
+def test_config_refuses_by_name(change, message):
+    values = {**CONFIG.to_dict(), **change}
+    values = {name: value for name, value in values.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig.from_dict(values)
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def rotate_complex(x, position, theta):
+    """The paper's form: feature pairs as complex numbers times exp(i * position * frequency)."""
+    half = x.shape[-1] // 2
+    z = x[..., :half] + 1j * x[..., half:]
+    frequency = theta ** (-2 * np.arange(half) / x.shape[-1])
+    z = z * np.exp(1j * position[:, None, None] * frequency)
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def test_rotation_is_a_complex_multiplication():
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 16))
+    position = np.array([0, 1, 7, 500, 1023])
+    y = _decoder.rotate(jnp.float32(x), jnp.int32(position), 10000.0)
+    # The angle itself carries float32 rounding: up to 1023 * 2^-24.
+    np.testing.assert_allclose(y, rotate_complex(x, position, 10000.0), atol=3e-4)
+    np.testing.assert_array_equal(y[:, 0], np.float32(x[:, 0]))
+
+
+def attention_oracle(layer, x):
+    """Float64 grouped-query attention, one query head and position at a time."""
+    c = layer.config
+    x = np.asarray(x, np.float64)
+    b, t, _ = x.shape
+
+    def heads(linear, n):
+        return (x @ np.asarray(linear.kernel[...], np.float64)).reshape(b, t, n, c.head_dim)
+
+    def norm(z, rms):
+        z = z / np.sqrt((z**2).mean(-1, keepdims=True) + c.norm_eps)
+        return rotate_complex(z * np.asarray(rms.scale[...]), np.arange(t), c.rope_theta)
+
+    q = norm(heads(layer.query, c.num_heads), layer.query_norm)
+    k = norm(heads(layer.key, c.num_kv_heads), layer.key_norm)
+    v = heads(layer.value, c.num_kv_heads)
+    out = np.zeros_like(q)
+    group = c.num_heads // c.num_kv_heads
+    for i, n, s in itertools.product(range(b), range(c.num_heads), range(t)):
+        score = k[i, : s + 1, n // group] @ q[i, s, n] / math.sqrt(c.head_dim)
+        p = np.exp(score - score.max())
+        out[i, s, n] = p / p.sum() @ v[i, : s + 1, n // group]
+    return out.reshape(b, t, -1) @ np.asarray(layer.out.kernel[...], np.float64)
+
+
+def test_attention_matches_numpy(model):
+    layer = model.layers[0].attention
+    layer = nnx.merge(*nnx.split(layer))
+    layer.query_norm.scale[...] = jnp.linspace(0.5, 2, CONFIG.head_dim)
+    x = jax.random.normal(jax.random.key(1), (2, 9, CONFIG.hidden_size))
+    y, stored = layer(x, None)
+    assert stored is None
+    expected = attention_oracle(layer, x)
+    error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
+    assert error < 2e-6
+
+
+def test_later_tokens_do_not_matter(model):
+    a = tokens(1, 20)
+    b = a.at[0, 12:].add(1) % 256
+    la, lb = logits_of(model, a), logits_of(model, b)
+    np.testing.assert_array_equal(la[:, :12], lb[:, :12])
+    assert np.abs(la[:, 12:] - lb[:, 12:]).max() > 1e-3
+
+
+def test_cache_gives_the_logits_of_the_whole_text(model):
+    ids = tokens(2, 24)
+    cache = model.init_cache(2, 32)
+    graph, state = nnx.split(model)
+    got = []
+    for start, end in itertools.pairwise([0, 7, 8, 9, 16, 23, 24]):
+        logits, cache, _ = run(graph, state, ids[:, start:end], cache)
+        assert int(cache.length) == end
+        got.append(logits)
+    expected = logits_of(model, ids)
+    error = np.linalg.norm(jnp.concatenate(got, axis=1) - expected)
+    assert error < 2e-6 * np.linalg.norm(expected)
+
+
+def test_tied_embeddings_have_no_output_matrix():
+    config = DecoderConfig.from_dict({**CONFIG.to_dict(), "tie_embeddings": True, "qk_norm": False})
+    model = models.Decoder(config, rngs=nnx.Rngs(0))
+    names = {path[0] for path, _ in nnx.to_flat_state(nnx.state(model))}
+    assert names == {"embed", "layers", "norm"}
+    hidden = jax.random.normal(jax.random.key(0), (3, CONFIG.hidden_size))
+    expected = np.asarray(hidden) @ np.asarray(model.embed.embedding[...]).T
+    np.testing.assert_allclose(model.logits(hidden), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_aux_counts_every_choice(model):
+    aux = run(*nnx.split(model), tokens(1, 20), None)[2]
+    assert aux.expert_counts.shape == (2, 8)
+    np.testing.assert_array_equal(aux.expert_counts.sum(axis=1), 20 * CONFIG.top_k)
+    assert aux.load_balance_loss.shape == aux.router_z_loss.shape == ()
+
+
+def test_shapes_are_refused_by_name(model):
+    with pytest.raises(ValueError, match=r"tokens must have 2 axes"):
+        model(jnp.zeros(4, jnp.int32))
+    with pytest.raises(ValueError, match=r"tokens must have at most 96 positions, got 97"):
+        model(jnp.zeros((1, 97), jnp.int32))
+    with pytest.raises(ValueError, match=r"max_length must be from 1 to config.max_length=96"):
+        model.init_cache(1, 97)
+
+
+def test_gradients_reach_every_parameter(model):
+    graph, state = nnx.split(model)
+    ids = tokens(8, 32)
+
+    def loss(state):
+        model = nnx.merge(graph, state)
+        log_p = jax.nn.log_softmax(model(ids[:, :-1]))
+        return -jnp.take_along_axis(log_p, ids[:, 1:, None], -1).mean()
+
+    gradients = jax.jit(jax.grad(loss))(state)
+    for path, g in nnx.to_flat_state(gradients):
+        assert float(jnp.abs(g[...]).max()) > 0, path
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+LOGITS = jnp.log(jnp.array([[0.05, 0.4, 0.15, 0.3, 0.1]]))
+
+
+def kept(sampling):
+    return np.flatnonzero(np.isfinite(_sampling.filter_logits(LOGITS, sampling)[0])).tolist()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(), [0, 1, 2, 3, 4]),
+        (Sampling(top_k=1), [1]),
+        (Sampling(top_k=3), [1, 2, 3]),
+        (Sampling(top_k=99), [0, 1, 2, 3, 4]),
+        (Sampling(top_p=0.01), [1]),
+        (Sampling(top_p=0.39), [1]),
+        (Sampling(top_p=0.41), [1, 3]),
+        (Sampling(top_p=0.8), [1, 2, 3]),
+        (Sampling(top_p=1.0), [0, 1, 2, 3, 4]),
+        # top_p counts what top_k left: 0.4 / 0.7 of it is token 1.
+        (Sampling(top_k=2, top_p=0.5), [1]),
+        (Sampling(top_k=2, top_p=0.6), [1, 3]),
+    ],
+)
+def test_filters(sampling, expected):
+    assert kept(sampling) == expected
+
+
+def test_samples_follow_the_distribution():
+    keys = jax.random.split(jax.random.key(0), 20000)
+    draw = jax.jit(
+        jax.vmap(lambda key: models.sample(LOGITS, key, Sampling(temperature=0.5, top_k=4))[0])
+    )
+    frequency = np.bincount(draw(keys), minlength=5) / 20000
+    p = np.array([0, 0.4, 0.15, 0.3, 0.1]) ** 2
+    # Four standard deviations of a share near one half.
+    np.testing.assert_allclose(frequency, p / p.sum(), atol=4 * 0.5 / math.sqrt(20000))
+    assert frequency[0] == 0
+
+
+def test_temperature_zero_takes_the_likeliest():
+    ids = models.sample(LOGITS, jax.random.key(0), Sampling(temperature=0))
+    np.testing.assert_array_equal(ids, [1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature must be finite and >= 0, got -1"),
+        ({"temperature": math.nan}, "temperature must be finite"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
+    ],
+)
+def test_sampling_refuses_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+# --- generation ----------------------------------------------------------------------------------
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def write(model, prompt, **options):
+    options = {"stop": None, "stride": 4, **options}
+    return b"".join(models.generate(model, prompt, **options))
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65])
+def test_greedy_text_is_the_argmax_of_the_whole_text(model, length):
+    """Neither the cache, nor the padding of the prompt, nor the stride changes what is written."""
+    prompt = bytes(np.random.default_rng(length).integers(1, 256, length, dtype=np.uint8))
+    text = prompt + write(model, prompt, max_new_tokens=6, sampling=GREEDY)
+    assert len(text) == length + 6
+    ids = jnp.asarray(np.frombuffer(text, np.uint8).astype(np.int32))[None]
+    expected = np.argmax(logits_of(model, ids)[0], axis=-1)[length - 1 : -1]
+    np.testing.assert_array_equal(np.frombuffer(text[length:], np.uint8), expected)
+
+
+def test_seed_decides(model):
+    a, b, c = (write(model, "x", max_new_tokens=20, seed=seed) for seed in (1, 1, 2))
+    assert a == b != c
+
+
+def test_text_fills_the_context_and_no_more(model):
+    assert len(write(model, "abc")) == CONFIG.max_length - 3
+    with pytest.raises(ValueError, match=r"must fit into 96 bytes, got 3 \+ 94"):
+        models.generate(model, "abc", max_new_tokens=94)
+    with pytest.raises(ValueError, match="shorten the prompt"):
+        models.generate(model, "a" * 96)
+
+
+def test_stop_ends_the_text(model):
+    text = write(model, "x", max_new_tokens=40, seed=3)
+    for stop in {text[0], text[5], text[21]}:
+        assert write(model, "x", max_new_tokens=40, seed=3, stop=stop) == text[: text.find(stop)]
+
+
+def test_characters_across_parts_are_whole(model, monkeypatch):
+    parts = ["é".encode()[:1], "é".encode()[1:] + b"a", b"\xff", "€".encode()[:2]]
+    monkeypatch.setattr(_generation, "generate", lambda *_, **__: iter(parts))
+    assert list(models.generate_text(model, "")) == ["éa", "�", "�"]
+
+
+def test_cache_is_donated(model):
+    graph, state = nnx.split(model)
+    cache = model.init_cache(1)
+    new, _ = _generation._read(graph, state, cache, jnp.zeros((1, 64), jnp.int32), jnp.int32(5))
+    assert all(k.is_deleted() for k in cache.keys)
+    assert int(new.length) == 5
+
+
+def test_only_byte_level_models_write():
+    config = DecoderConfig.from_dict({**CONFIG.to_dict(), "vocab_size": 300})
+    model = nnx.eval_shape(lambda: models.Decoder(config, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="byte-level"):
+        models.generate(model, "x")
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 9, 11, 12, 13, 40])
+@pytest.mark.parametrize("context", [1, 2, 7, 8])
+def test_windows_score_every_byte_once_with_half_a_window_before(length, context):
+    document = bytes(range(1, length + 1))
+    windows, scored = _evaluation._windows(document, context)
+    targets = windows[:, 1:][scored == 1]
+    np.testing.assert_array_equal(targets, list(document))
+    for row in range(1, len(windows)):
+        assert np.flatnonzero(scored[row])[0] >= context - max(1, context // 2)
+
+
+def test_bits_per_byte_is_the_mean_of_minus_log2(model):
+    document = b"def main():\n    return 0\n"
+    ids = jnp.asarray([[0, *document]], jnp.int32)
+    logits = np.asarray(logits_of(model, ids)[0, :-1], np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.mean([log_p[i, byte] for i, byte in enumerate(document)]) / math.log(2)
+    got = models.bits_per_byte(model, document)
+    assert got == pytest.approx(expected, rel=1e-6)
+    assert models.bits_per_byte(model, [document, document.decode()]) == pytest.approx(got)
+
+
+def test_a_model_that_knows_nothing_needs_eight_bits(model):
+    blank = nnx.merge(*nnx.split(model))
+    blank.head.kernel[...] = jnp.zeros_like(blank.head.kernel[...])
+    assert models.bits_per_byte(blank, b"anything" * 40, context=16) == pytest.approx(8, rel=1e-6)
+
+
+def test_bits_per_byte_needs_text(model):
+    with pytest.raises(ValueError, match="at least one byte"):
+        models.bits_per_byte(model, [b""])
+
+
+# --- storage -------------------------------------------------------------------------------------
+
+
+def test_folder_has_the_shared_part_once(folder):
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json",
+        "decoder.safetensors",
+        "experts-bf16.safetensors",
+        "experts-mxfp4.safetensors",
+        "experts-nvfp4.safetensors",
+    ]
+    assert models.available_formats(folder) == ("nvfp4", "mxfp4", "bf16")
+    names = checkpoint.load(folder / "decoder.safetensors").keys()
+    assert not any("gate_up" in name or "down" in name for name in names)
+
+
+def test_saving_again_writes_the_same_bytes(folder, tmp_path):
+    for weight_format in models.available_formats(folder):
+        models.save(models.load(folder, weight_format), tmp_path)
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("weight_format", ["nvfp4", "mxfp4"])
+def test_loaded_model_computes_what_the_quantised_one_does(folder, weight_format):
+    quantized = moe_nn.quantize(models.load(folder, "bf16"), weight_format)
+    ids = tokens(1, 16)
+    expected = logits_of(quantized, ids)
+    loaded = models.load(folder, weight_format)
+    assert {layer.moe.weight_format for layer in loaded.layers} == {weight_format}
+    np.testing.assert_array_equal(logits_of(loaded, ids), expected)
+    exact = logits_of(models.load(folder, "bf16"), ids)
+    assert 0.005 < np.linalg.norm(expected - exact) / np.linalg.norm(exact) < 0.5
+
+
+def test_bf16_files_hold_the_rounded_weights(model, folder):
+    w = models.load(folder, "bf16").layers[1].moe.down[...]
+    np.testing.assert_array_equal(
+        np.float32(w), np.float32(model.layers[1].moe.down[...].astype(jnp.bfloat16))
+    )
+
+
+def test_default_format_is_fp4(folder):
+    assert models.load(folder).layers[0].moe.weight_format == "nvfp4"
+
+
+def test_experts_may_lie_in_another_folder(folder, tmp_path):
+    name = "experts-bf16.safetensors"
+    (tmp_path / name).write_bytes((folder / name).read_bytes())
+    ids = tokens(1, 4)
+    np.testing.assert_array_equal(
+        logits_of(models.load(folder, "bf16", experts=tmp_path), ids),
+        logits_of(models.load(folder, "bf16"), ids),
+    )
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_truncated_experts_are_named(copy):
+    path = copy / "experts-nvfp4.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(checkpoint.CheckpointError, match=r"experts-nvfp4\.safetensors: truncated"):
+        models.load(copy, "nvfp4")
+
+
+def test_files_that_do_not_belong_together_are_named(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"'layers\.0\.moe\.\w+' must be"):
+        models.load(copy, "nvfp4")
+    (copy / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"lacks tensor 'layers\.2\."):
+        models.load(copy, "nvfp4")
+    (copy / "config.json").write_text(json.dumps({**config, "num_layers": 1}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"'layers\.1\.\S+' is not part of"):
+        models.load(copy, "nvfp4")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "llama"}', '{"hidden_size": 4}'])
+def test_other_configs_are_refused(copy, content):
+    (copy / "config.json").write_text(content)
+    with pytest.raises(checkpoint.CheckpointError, match=r"config\.json: not the config"):
+        models.load(copy)
+
+
+def test_missing_files_are_named(copy):
+    (copy / "experts-mxfp4.safetensors").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="missing; the folder has nvfp4, bf16"):
+        models.load(copy, "mxfp4")
+    (copy / "config.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"config\.json: cannot be opened"):
+        models.load(copy)
+
+
+def test_prepared_weights_are_not_saved(folder, tmp_path):
+    prepared = moe_nn.prepare(models.load(folder, "nvfp4"), "cpu_portable")
+    with pytest.raises(ValueError, match="must have canonical weights"):
+        models.save(prepared, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
