@@ -1,0 +1,45 @@
+"""What a JAX user has without jaxmoe: dequantise all experts, then `jax.lax.ragged_dot`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.experts import ExpertWeights, Matrix
+from jaxmoe.quantization import QuantizedTensor, dequantize
+
+
+def ragged_dot_mlp(
+    x: jax.Array, experts: ExpertWeights, expert_ids: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """`moe_mlp` with SwiGLU from `jax.lax` alone.
+
+    >>> from jaxmoe.benchmark import TINY
+    >>> from jaxmoe.benchmark.data import random_experts, random_tokens
+    >>> x, ids, weights = random_tokens(TINY, 5, "float32", seed=0)
+    >>> ragged_dot_mlp(x, random_experts(TINY, "nvfp4", "canonical", 0), ids, weights).shape
+    (5, 256)
+
+    Args:
+      x: `[T, H]`.
+      experts: canonical FP4 weights.
+      expert_ids: `i32[T, k]`, within `[0, E)`.
+      weights: `f32[T, k]`.
+
+    Returns:
+      `[T, H]` in x's dtype, float32 accumulation.
+    """
+    t, k = expert_ids.shape
+    flat = expert_ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes = jnp.bincount(flat, length=experts.num_experts).astype(jnp.int32)
+
+    def product(rows: jax.Array, w: Matrix) -> jax.Array:
+        assert isinstance(w, QuantizedTensor)
+        matrices = dequantize(w, x.dtype).swapaxes(1, 2)
+        return jax.lax.ragged_dot(rows, matrices, sizes, preferred_element_type=jnp.float32)
+
+    gate, up = jnp.split(product(x[order // k], experts.gate_up), 2, axis=-1)
+    y = product((jax.nn.silu(gate) * up).astype(x.dtype), experts.down)
+    y = y * weights.reshape(-1)[order][:, None]
+    return jnp.zeros((t, x.shape[1]), jnp.float32).at[order // k].add(y).astype(x.dtype)

@@ -1,0 +1,150 @@
+"""Random weights, made without quantising anything, and random routings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.benchmark.layers import Layer
+from jaxmoe.experts import CANONICAL, ExpertWeights, Matrix, PreparedMatrix
+from jaxmoe.formats import FLOAT8_E4M3, Format, get_format
+from jaxmoe.kernels import LAYOUTS, panel
+from jaxmoe.quantization import QuantizedTensor, dequantize
+
+_ELEMENT_RMS = math.sqrt(68.5 / 8)  # of the sixteen e2m1 codes
+_POOL = 1 << 24  # random bytes drawn; longer arrays repeat them
+
+
+def _bytes(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 of `shape`; beyond `_POOL` the same bytes again, since only their size matters."""
+    size = math.prod(shape)
+    pool = np.frombuffer(rng.bytes(min(size, _POOL)), np.uint8)
+    return np.resize(pool, size).reshape(shape)
+
+
+def _scale_bits(bits: np.ndarray, fmt: Format) -> np.ndarray:
+    """Random bytes to block scales near 1 (e4m3: 0.5 to 1.9; e8m0: 0.5 or 1)."""
+    if fmt.scale == FLOAT8_E4M3:
+        return bits & 0x0F | 0x30
+    return (bits & 1) + 126
+
+
+def _global_scale(num_experts: int, k: int, fmt: Format) -> jax.Array:
+    # Weights of root mean square 1 / sqrt(K), so that activations keep their size.
+    value = 1 / (math.sqrt(k) * _ELEMENT_RMS) if fmt.has_global_scale else 1.0
+    return jnp.full(num_experts, value, jnp.float32)
+
+
+def _canonical(
+    rng: np.random.Generator, e: int, n: int, k: int, fmt: Format, gated: bool
+) -> QuantizedTensor:
+    assert fmt.block_size is not None
+    assert fmt.scale is not None
+    return QuantizedTensor(
+        jnp.asarray(_bytes(rng, (e, n, k // 2))),
+        jnp.asarray(_scale_bits(_bytes(rng, (e, n, k // fmt.block_size)), fmt).view(fmt.scale)),
+        _global_scale(e, k, fmt) if fmt.has_global_scale else None,
+        fmt,
+    )
+
+
+def _panel32(
+    rng: np.random.Generator, e: int, n: int, k: int, fmt: Format, gated: bool
+) -> PreparedMatrix:
+    size = panel.superblock_bytes(fmt)
+    assert fmt.block_size is not None
+    scales = panel.SUPERBLOCK // fmt.block_size * panel.LANES
+    bits = _bytes(rng, (e, panel.num_bytes(n, k, fmt, gated) // size, size))
+    bits[..., :scales] = _scale_bits(bits[..., :scales], fmt)
+    return PreparedMatrix(
+        data=jnp.asarray(bits.reshape(e, -1)),
+        global_scale=_global_scale(e, k, fmt),
+        layout=panel.NAME,
+        format=fmt,
+        rows=n,
+        k=k,
+        gated=gated,
+    )
+
+
+_MAKERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {CANONICAL: _canonical, panel.NAME: _panel32}
+)
+
+
+def random_experts(layer: Layer, weight_format: str, layout: str, seed: int) -> ExpertWeights:
+    """Random FP4 experts in the layout of a kernel.
+
+    >>> from jaxmoe.benchmark import TINY
+    >>> random_experts(TINY, "nvfp4", "panel32", seed=0).layout
+    'panel32'
+
+    The packed bytes are drawn, not computed, because quantising and rearranging a large layer
+    takes far longer than measuring it. Layouts without a maker of their own are prepared from
+    canonical bytes.
+
+    Args:
+      layer: sizes.
+      weight_format: `nvfp4` or `mxfp4`.
+      layout: a key of `jaxmoe.kernels.LAYOUTS`, or `canonical`.
+      seed: of the random bytes.
+    """
+    fmt = get_format(weight_format)
+    rng = np.random.default_rng(seed)
+    e, h, i = layer.num_experts, layer.hidden_size, layer.intermediate_size
+
+    def matrix(n: int, k: int, gated: bool) -> Matrix:
+        if layout in _MAKERS:
+            return _MAKERS[layout](rng, e, n, k, fmt, gated)
+        return LAYOUTS[layout](_canonical(rng, e, n, k, fmt, gated), gated)
+
+    return ExpertWeights(matrix(2 * i, h, True), matrix(h, i, False))
+
+
+def random_tokens(layer: Layer, tokens: int, dtype: Any, seed: int) -> tuple[jax.Array, ...]:
+    """`x[T, H]`, `expert_ids[T, k]` and `weights[T, k]`: k distinct experts, all alike."""
+    rng = np.random.default_rng(seed)
+    score = rng.random((tokens, layer.num_experts), np.float32)
+    ids = np.argpartition(score, layer.top_k - 1, axis=1)[:, : layer.top_k].astype(np.int32)
+    weights = rng.uniform(0.5, 1.5, ids.shape).astype(np.float32)
+    weights /= weights.sum(axis=1, keepdims=True)
+    x = rng.standard_normal((tokens, layer.hidden_size), np.float32)
+    return jnp.asarray(x, dtype), jnp.asarray(ids), jnp.asarray(weights)
+
+
+def _expert(w: Matrix, expert: int) -> np.ndarray:
+    """`f64[N, K]`, exactly what the bits say."""
+    index = jnp.array([expert], jnp.int32)
+    part: Any = panel.unpack(w, index) if isinstance(w, PreparedMatrix) else w[index]
+    return np.asarray(dequantize(part)[0], np.float64)
+
+
+def relative_error(
+    y: jax.Array, experts: ExpertWeights, tokens: tuple[jax.Array, ...], *, sample: int = 4
+) -> float:
+    """Relative L2 distance of `y[T, H]` from the layer computed in float64.
+
+    Args:
+      y: a result.
+      experts: weights, canonical or in layout `panel32`.
+      tokens: what `random_tokens` gave.
+      sample: how many tokens, spread evenly, are computed.
+    """
+    x, ids, weights = (np.asarray(a) for a in tokens)
+    rows = np.unique(np.linspace(0, len(x) - 1, sample).astype(int))
+    expected = np.zeros((len(rows), x.shape[1]))
+    for e in np.unique(ids[rows]):
+        gate_up, down = _expert(experts.gate_up, int(e)), _expert(experts.down, int(e))
+        for place, row in enumerate(rows):
+            for j in np.nonzero(ids[row] == e)[0]:
+                gate, up = np.split(gate_up @ x[row].astype(np.float64), 2)
+                h = gate / (1 + np.exp(-gate)) * up
+                expected[place] += float(weights[row, j]) * (down @ h)
+    difference = np.asarray(y)[rows].astype(np.float64) - expected
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected))

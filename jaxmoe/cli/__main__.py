@@ -1,0 +1,5 @@
+"""`python -m jaxmoe.cli`."""
+
+from jaxmoe.cli import main
+
+main()

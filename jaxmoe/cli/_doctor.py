@@ -1,0 +1,237 @@
+"""`jaxmoe doctor`: what is installed, what can run here, and whether its numbers are right."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+
+import jaxmoe
+from jaxmoe import kernels
+from jaxmoe.benchmark.data import random_experts, random_tokens, relative_error
+from jaxmoe.benchmark.layers import TINY
+from jaxmoe.capability import TABLE, Problem, Row, check_manifest
+from jaxmoe.cli._console import out, say, table
+from jaxmoe.cli._explain import find_target, try_resolve
+from jaxmoe.kernels import cpu
+
+PACKAGES = ("jax", "jaxlib", "numpy", "ml_dtypes", "flax", "safetensors", "typer", "rich")
+
+# Relative L2 distance from float64: float32 sums; for bfloat16, its rounding of inputs and output.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One thing that was tried; `ok` is None where it cannot be tried here."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+def doctor(*, as_json: bool) -> None:
+    """Prints the report; exits with 1 if a check failed."""
+    report: dict[str, Any] = {
+        "versions": versions(),
+        "device": str(find_target(None)),
+        "cpu_features": sorted(kernels.installation()["features"]),
+        "libraries": [*_cpu_library(), *_cuda_libraries()],
+        "bundled_model": _bundled_model(),
+    }
+    checks = run_checks()
+    healthy = all(check.ok is not False for check in checks)
+    if as_json:
+        report["checks"] = [dataclasses.asdict(check) for check in checks]
+        print(json.dumps({**report, "healthy": healthy}, indent=2))
+    else:
+        _print(report, checks, healthy)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what matters; "not installed" for an absent extra."""
+    found = {"jaxmoe": jaxmoe.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["machine"] = f"{platform.system()} {platform.machine()}"
+    return found
+
+
+def _native_rows(platform: str) -> list[Row]:
+    return [row for row in TABLE if row.platform == platform and row.never is None]
+
+
+def _cpu_library() -> list[str]:
+    module, why = cpu.library()
+    if module is None:
+        return [f"CPU: {why}."]
+    variants = ", ".join(module.manifest()["variants"])
+    return [f"CPU: the library jaxmoe._cpu is built, with {variants}."]
+
+
+def _cuda_libraries() -> list[str]:
+    built = kernels.installation()["built"]
+    families: dict[str, bool] = {}
+    for row in _native_rows("cuda"):
+        families[row.family] = families.get(row.family, False) or row.variant in built
+    present = [family for family, is_built in families.items() if is_built]
+    absent = [family for family, is_built in families.items() if not is_built]
+    sentences = []
+    if present:
+        sentences.append(f"CUDA: the families {', '.join(present)} are built.")
+    if absent:
+        sentences.append(
+            f"CUDA: the families {', '.join(absent)} are not in this build (no nvcc was found, or "
+            "the CMake option JAXMOE_CUDA_FAMILIES left them out); GPUs of theirs run the xla "
+            "kernels."
+        )
+    return sentences
+
+
+def _bundled_model() -> str:
+    try:
+        from jaxmoe import models
+    except ModuleNotFoundError as error:
+        return f"jaxmoe.models needs {error.name}: pip install 'jaxmoe[flax,hf]'."
+    formats = models.available_formats(models.bundled())
+    return f"formats {', '.join(formats)}." if formats else "not in this installation."
+
+
+def run_checks() -> list[Check]:
+    """Runs every kernel that this machine can run, against its self-test and float64."""
+    module, why = cpu.library()
+    checks = [Check("native CPU library", module is not None, why or "loaded")]
+    if module is not None:
+        rows = _native_rows("cpu")
+        differences = check_manifest(module.manifest(), rows)
+        checks.append(
+            Check("library and table agree", not differences, "; ".join(differences) or "yes")
+        )
+        checks += [_attempt(f"{row.variant} self-test", _self_test, row) for row in rows]
+    for row in [*_native_rows("cpu"), *(r for r in TABLE if r.platform is None)]:
+        checks.append(_attempt(f"{row.variant} numbers", _numbers, row))
+    return checks
+
+
+def _attempt(name: str, check: Callable[[Row], tuple[bool | None, str]], row: Row) -> Check:
+    try:
+        return Check(name, *check(row))
+    except Exception as error:  # a kernel may fail in any way; the report must still come
+        return Check(name, False, f"{type(error).__name__}: {error}")
+
+
+def _obstacle(row: Row) -> str:
+    """Why this machine's CPU cannot run a variant, or ""."""
+    problem = _problem(row, "nvfp4", "bfloat16")
+    # Built and tested or not is what the checks find out; here the machine alone counts.
+    target = dataclasses.replace(_host(), disqualified=())
+    rejected = try_resolve(problem, target, row.variant).rejected
+    return next((r.detail for r in rejected if r.variant == row.variant), "")
+
+
+@functools.cache
+def _host() -> Any:
+    return find_target("cpu")
+
+
+def _problem(row: Row, weight_format: str, dtype: str) -> Problem:
+    return Problem(
+        weight_format=weight_format,
+        activation_dtype=dtype,
+        hidden_size=TINY.hidden_size,
+        intermediate_size=TINY.intermediate_size,
+        num_experts=TINY.num_experts,
+        top_k=TINY.top_k,
+    )
+
+
+def _self_test(row: Row) -> tuple[bool | None, str]:
+    if obstacle := _obstacle(row):
+        return None, obstacle
+    why = cpu.self_test(row.variant)
+    return not why, why or "passed"
+
+
+def _numbers(row: Row) -> tuple[bool | None, str]:
+    """Both formats and all dtypes, decode and a small batch, against float64 and against xla."""
+    if obstacle := _obstacle(row):
+        return None, obstacle
+    worst: dict[str, float] = {}
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        for weight_format in ("nvfp4", "mxfp4"):
+            experts = random_experts(TINY, weight_format, row.layout, seed=1)
+            for dtype in TOLERANCE.keys() & row.activation_dtypes:
+                for tokens in (1, 19):
+                    x, ids, weights = random_tokens(TINY, tokens, dtype, seed=2)
+                    y, reference = (
+                        jaxmoe.moe_mlp(x, w, ids, weights, implementation=name)
+                        for w, name in ((experts, row.variant), _for_xla(experts))
+                    )
+                    errors = (
+                        relative_error(y, experts, (x, ids, weights), sample=tokens),
+                        _distance(y, reference),
+                    )
+                    worst[dtype] = max(worst.get(dtype, 0.0), *errors)
+    right = all(error <= TOLERANCE[dtype] for dtype, error in worst.items())
+    text = ", ".join(
+        f"{dtype} {error:.1e} (at most {TOLERANCE[dtype]:.0e})" for dtype, error in worst.items()
+    )
+    return right, f"relative error against float64 and xla: {text}"
+
+
+def _for_xla(experts: Any) -> tuple[Any, str]:
+    """The same weights in canonical form, which is what the xla kernels read."""
+    from jaxmoe.experts import PreparedMatrix
+    from jaxmoe.kernels import panel
+
+    def canonical(w: Any) -> Any:
+        if not isinstance(w, PreparedMatrix):
+            return w
+        return panel.unpack(w, jnp.arange(w.shape[0], dtype=jnp.int32))
+
+    matrices = {name: canonical(getattr(experts, name)) for name in ("gate_up", "down")}
+    return dataclasses.replace(experts, **matrices), "xla"
+
+
+def _distance(y: jax.Array, reference: jax.Array) -> float:
+    a, b = (np.asarray(v).astype(np.float64) for v in (y, reference))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def _print(report: dict[str, Any], checks: Sequence[Check], healthy: bool) -> None:
+    console = out()
+    about = table("", "", title="Installation")
+    about.show_header = False
+    for name, version in report["versions"].items():
+        about.add_row(name, version)
+    about.add_row("device", report["device"])
+    about.add_row("CPU features", ", ".join(report["cpu_features"]) or "none that a kernel uses")
+    for sentence in report["libraries"]:
+        about.add_row("library", sentence)
+    about.add_row("bundled model", report["bundled_model"])
+    console.print(about)
+    tried = table("check", "result", "detail", title="Checks")
+    words = {True: "[green]ok[/]", False: "[bold red]FAILED[/]", None: "[dim]not here[/]"}
+    for check in checks:
+        tried.add_row(check.name, words[check.ok], check.detail)
+    console.print(tried)
+    failed = [check.name for check in checks if check.ok is False]
+    say(
+        console,
+        "All checks passed." if healthy else f"Failed: {', '.join(failed)}.",
+        "bold green" if healthy else "bold red",
+    )
