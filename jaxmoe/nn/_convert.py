@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from flax import nnx
 
@@ -31,7 +31,7 @@ def _convert(model: M, change: Callable[[MoE], None]) -> M:
     return model
 
 
-def quantize(model: M, format: str | Format, *, method: str = "amax") -> M:
+def quantize(model: M, format: str | Format, *, method: Literal["amax", "mse"] = "amax") -> M:
     """Copies a model with the expert weights of all its MoE layers quantised and frozen.
 
     >>> from flax import nnx
@@ -65,10 +65,14 @@ def prepare(model: M, variant: str | None = None) -> M:
     """Copies a model with the FP4 weights of all its MoE layers in the layout that a kernel reads.
 
     >>> from flax import nnx
+    >>> import jax.numpy as jnp
     >>> from jaxmoe import nn
     >>> layer = nn.MoE(64, 128, 8, 2, weight_format="nvfp4", rngs=nnx.Rngs(0))
-    >>> nn.prepare(layer, "cpu_portable").layout
-    'panel32'
+    >>> ready = nn.prepare(layer)
+    >>> ready.layout == layer.explain().layout
+    True
+    >>> ready(jnp.ones((3, 64))).shape
+    (3, 64)
 
     Without this, a native kernel repacks canonical weights inside every call. Save checkpoints from
     the canonical model: the prepared one belongs to one kind of machine. Where the selected variant
@@ -84,6 +88,6 @@ def prepare(model: M, variant: str | None = None) -> M:
     Raises:
         ValueError: the model has no MoE layer, a layer is prepared already, or the variant is
             unknown.
-        UnsupportedError: the variant does not read weights of the layer's format.
+        UnsupportedError: the variant does not run on this target, or not with the layer's format.
     """
     return _convert(model, lambda layer: layer._prepare(variant))

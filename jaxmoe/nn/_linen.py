@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,11 @@ class LinenMoE(linen.Module):
         return (out, aux) if return_aux else out
 
     def quantize(
-        self, variables: Mapping[str, Any], format: str | Format, *, method: str = "amax"
+        self,
+        variables: Mapping[str, Any],
+        format: str | Format,
+        *,
+        method: Literal["amax", "mse"] = "amax",
     ) -> tuple[LinenMoE, dict[str, Any]]:
         """The FP4 layer and its variables, from this layer's trained variables.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jaxmoe.quantization import fake_quantize
 from jaxmoe.quantization import quantize as quantize_array
 
 Initializer = Callable[..., jax.Array]
+Method = Literal["amax", "mse"]
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
@@ -163,8 +164,8 @@ class MoE(nnx.Module):
                 f"qat must be None for frozen {self.weight_format} weights, got {self.qat!r}; "
                 'train with weight_format="bf16" and call quantize() afterwards'
             )
-        for name in (self.weight_format, self.qat):
-            _check_blocks(name, hidden_size, intermediate_size)
+        for format_name in (self.weight_format, self.qat):
+            _check_blocks(format_name, hidden_size, intermediate_size)
 
         def kernel(shape: tuple[int, int], axes: str) -> nnx.Param:
             init = kernel_init(rngs.params(), shape, param_dtype).T
@@ -333,7 +334,7 @@ class MoE(nnx.Module):
         down = value(self.down)
         return down.layout if isinstance(down, PreparedMatrix) else CANONICAL
 
-    def quantize(self, format: str | Format, *, method: str = "amax") -> MoE:
+    def quantize(self, format: str | Format, *, method: Method = "amax") -> MoE:
         """A copy with quantised, frozen expert weights; see `jaxmoe.nn.quantize`.
 
         >>> from flax import nnx
@@ -350,8 +351,8 @@ class MoE(nnx.Module):
 
     def _shared(self, tokens: jax.Array) -> jax.Array:
         """The shared experts: one dense MLP, products accumulated in float32."""
-        gate_up = self.shared_gate_up[...].astype(tokens.dtype)
-        down = self.shared_down[...].astype(tokens.dtype)
+        gate_up = array(self.shared_gate_up).astype(tokens.dtype)
+        down = array(self.shared_down).astype(tokens.dtype)
         hidden = jnp.einsum("th,ih->ti", tokens, gate_up, preferred_element_type=jnp.float32)
         parts = jnp.split(hidden, 2, axis=-1) if self.activation.gated else [hidden]
         hidden = self.activation(*parts).astype(tokens.dtype)
@@ -361,7 +362,7 @@ class MoE(nnx.Module):
         captures = getattr(self, "__captures__", ())
         return any(type(variable) is nnx.Intermediate for variable in captures)
 
-    def _quantize(self, format: str | Format, method: str) -> None:
+    def _quantize(self, format: str | Format, method: Method) -> None:
         format = get_format(format)
         if self.quantized:
             raise ValueError(
@@ -387,7 +388,7 @@ class MoE(nnx.Module):
         if self.quantized:
             variant = variant or self.explain().selected
 
-            def one_layer(experts: ExpertWeights) -> ExpertWeights:
+            def one_layer(experts: ExpertWeights) -> Any:
                 if experts.down.ndim > 3:  # a stack of layers
                     return jax.lax.map(one_layer, experts)
                 return prepare_experts(experts, variant, gated=self.activation.gated)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -22,6 +23,14 @@ class QuantizedParam(nnx.Variable):
     >>> value(QuantizedParam(w)).shape
     (8, 64, 32)
     """
+
+    @property
+    def sharding(self) -> Any:
+        """The shardings of the arrays, in a pytree like the value's.
+
+        Where this is None, `nnx.eval_shape` under a mesh would put one array in the value's place.
+        """
+        return jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), value(self))
 
 
 @nnx.register_variable_name("router_state")
