@@ -93,8 +93,8 @@ def test_value_equals_the_formula(name, parameters):
     got = ACTIVATIONS[name](*parameters)(*inputs)
     want = REFERENCE[name][1](*(x.astype(float) for x in inputs), *parameters)
     assert got.dtype == jnp.float32
-    # Measured floor: 6e-7 relative, and 2e-7 of the input where gelu's tail cancels.
-    np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
+    # Measured: 9e-7 relative above 1e-2 (erf), 6e-9 absolute below, where the f64 formulas cancel.
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-8)
 
 
 def test_the_tails_of_gelu_keep_their_relative_accuracy():
@@ -160,14 +160,15 @@ def test_no_nan_in_value_or_gradient(name, parameters):
         assert np.isfinite(result).all()
 
 
-def test_swiglu_without_limit_at_the_largest_inputs():
-    largest = np.finfo(np.float32).max
-    gate = np.float32([-largest, -largest, largest])
-    up = np.float32([1.0, -1.0, 1.0])
-    value, pullback = jax.vjp(SwiGLU(), gate, up)
-    np.testing.assert_array_equal(value, [0, 0, largest])
-    for gradient in pullback(jnp.ones_like(value)):
-        assert np.isfinite(gradient).all()
+@pytest.mark.parametrize(("name", "parameters"), [v for v in VARIANTS if v[0] != "relu2"])
+def test_the_largest_gates(name, parameters):
+    """Squares and cubes of the gate overflow; gate·(up + beta) fits, and so do the gradients."""
+    gate = np.float32([1e19, 1e25, 1e38])
+    gate = np.concatenate([gate, -gate])
+    inputs = [gate, np.ones_like(gate)][: 1 + ACTIVATIONS[name].gated]
+    value, pullback = jax.vjp(ACTIVATIONS[name](*parameters), *inputs)
+    for result in (value, *pullback(jnp.ones_like(value))):
+        assert np.isfinite(result).all()
 
 
 def test_gpt_oss():

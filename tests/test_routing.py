@@ -30,8 +30,8 @@ CASES = {
     "sparse_mixer": ({}, False, 16),
     "deepseek_v4": ({"top_k": 6, "scale": 1.5}, True, 32),
 }
-# Largest relative error of a weight measured over the cases below was 4.2e-7 (sparse_mixer).
-RTOL = 2e-6
+# Measured: 2.8e-7 over the presets, 3.3e-7 over all combinations.
+RTOL = 1e-6
 
 
 def problem(name, tokens=12, seed=0, scale=2.0):
