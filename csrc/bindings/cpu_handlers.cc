@@ -100,7 +100,8 @@ ffi::Error moe_mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate_u
   if (!check.ok()) return check.error();
 
   cpu::MoeMlpArgs args;
-  args.variant = *cpu::parse_variant(variant);
+  const Variant chosen = *cpu::parse_variant(variant);
+  args.kernels = cpu::kernels(chosen);
   args.format = *cpu::parse_format(format);
   args.activation = *cpu::parse_activation(activation);
   args.weight_on_input = weight_on_input;
@@ -131,11 +132,11 @@ ffi::Error moe_mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate_u
       .buffer("workspace", *workspace, {kU8}, {-1})
       .require(!weight_on_input || top_k == 1,
                "weight_on_input needs top_k == 1, got expert_ids " + describe(expert_ids));
-  check_dtype(check, args.variant, x);
+  check_dtype(check, chosen, x);
   if (!check.ok()) return check.error();
 
   args.dtype = dtype_of(x);
-  const int64_t needed = cpu::moe_mlp_workspace_bytes(args.variant, args.dtype, args.shape);
+  const int64_t needed = cpu::moe_mlp_workspace_bytes(*args.kernels, args.dtype, args.shape);
   check.require(
       static_cast<int64_t>(workspace->element_count()) >= needed,
       "workspace must have at least " + text(needed) + " bytes, got " + describe(*workspace));
@@ -170,7 +171,8 @@ ffi::Error grouped_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
   if (!check.ok()) return check.error();
 
   cpu::GroupedMatmulArgs args;
-  args.variant = *cpu::parse_variant(variant);
+  const Variant chosen = *cpu::parse_variant(variant);
+  args.kernels = cpu::kernels(chosen);
   args.format = *cpu::parse_format(format);
   check.require(n > 0, "n must be positive, got " + text(n));
   check_positive_multiple(check, "k", k, cpu::block_size(args.format));
@@ -189,7 +191,7 @@ ffi::Error grouped_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
       .buffer("group_offset", group_offset, {kS32}, {})
       .buffer("out", *out, {kF32, kBf16}, {args.rows, n})
       .buffer("workspace", *workspace, {kU8}, {-1});
-  check_dtype(check, args.variant, x);
+  check_dtype(check, chosen, x);
   if (!check.ok()) return check.error();
 
   args.x_dtype = dtype_of(x);

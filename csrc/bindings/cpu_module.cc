@@ -97,7 +97,7 @@ int64_t moe_mlp_workspace(const std::string& op, int64_t tokens, int64_t hidden_
       at_least_zero("tokens", tokens), at_least_zero("hidden_size", hidden_size),
       at_least_zero("intermediate_size", intermediate_size),
       at_least_zero("num_experts", num_experts), at_least_zero("top_k", top_k)};
-  return moe_mlp_workspace_bytes(built_variant(variant), dtype_of(x_dtype), shape);
+  return moe_mlp_workspace_bytes(*kernels(built_variant(variant)), dtype_of(x_dtype), shape);
 }
 
 // Every thread's scratch is its own; nothing is shared between phases.

@@ -55,6 +55,7 @@ class GroupedMatmulJob : public Job {
     SegmentRule rule;
     rule.has_tiles = kernels_.panel_tiles[0] != nullptr;
     rule.min_tile_rows = kernels_.min_tile_rows;
+    rule.max_short_tile_rows = kernels_.max_short_tile_rows;
     rule.max_rows_f32 = kMaxF32Rows;
     rule.max_rows_tiles = kMaxSegmentRows;
     int64_t row = 0;
@@ -89,7 +90,7 @@ class GroupedMatmulJob : public Job {
   void multiply(const Segment& segment, int64_t begin, int64_t end, Scratch& scratch) const {
     const Matrix x = {args_.x, args_.x_dtype, args_.k};
     const Operand a =
-        gather(kernels_, segment.tiles, x, segment.first_row, nullptr, segment.rows, scratch);
+        gather(kernels_, segment.tile_rows, x, segment.first_row, nullptr, segment.rows, scratch);
     float* c = product_buffer(segment.rows, scratch);
     const float scale =
         args_.w_global[segment.expert] * kProductExponent[static_cast<int>(args_.format)];
@@ -135,8 +136,8 @@ bool grouped_matmul(const GroupedMatmulArgs& args, Executor* executor) {
   const int64_t work = args.rows * args.n * args.k;
   const int available = executor ? std::max(executor->num_threads(), 1) : 1;
   const int threads = work < kMinParallelWork ? 1 : available;
-  return execute(std::make_shared<GroupedMatmulJob>(args, *kernels(args.variant), threads),
-                 executor, threads);
+  return execute(std::make_shared<GroupedMatmulJob>(args, *args.kernels, threads), executor,
+                 threads);
 }
 
 }  // namespace jaxmoe::cpu

@@ -8,13 +8,14 @@
 
 #include <cstdint>
 
+#include "cpu/kernels.h"
 #include "cpu/threads.h"
 #include "cpu/types.h"
 
 namespace jaxmoe::cpu {
 
 struct GroupedMatmulArgs {
-  Variant variant = Variant::kPortable;
+  const Kernels* kernels = nullptr;  // that this machine can run
   Format format = Format::kNvfp4;
   Dtype x_dtype = Dtype::kF32, out_dtype = Dtype::kF32;
   int64_t rows = 0, n = 0, k = 0, num_experts = 0, num_groups = 0;

@@ -94,38 +94,49 @@ struct PanelF32 {
 
   template <int kRows>
   static void stream(const uint8_t* panel, int64_t superblocks, const float* const* a, float* c) {
-    F sums[kRows][kVectors] = {};
+    // Two vectors of lanes share a row's broadcasts. A single row would wait for its own sums.
+    constexpr int kPair = 2, kChains = kRows == 1 ? 2 : 1;
+    F sums[kVectors][kRows] = {};
     for (int64_t s = 0; s < superblocks; ++s, panel += kBytes) {
       prefetch(panel);
       const uint8_t* codes = panel + kScaleBytes;
       for (int b = 0; b < kBlocks; ++b) {
         const int64_t k0 = s * kSuperblockK + b * kBlock;
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-          F even[kRows] = {}, odd[kRows] = {};
+        for (int v0 = 0; v0 < kVectors; v0 += kPair) {
+          F partial[kPair][kRows][kChains] = {};
 #pragma GCC unroll 4
           for (int g = 0; g < kGroups; ++g) {
-            const auto dwords =
-                Isa::load_codes(codes + ((b * kGroups + g) * kPanelLanes + v * kWidth) * 4);
+            const uint8_t* group = codes + ((b * kGroups + g) * kPanelLanes + v0 * kWidth) * 4;
+            const typename Isa::Codes dwords[kPair] = {Isa::load_codes(group),
+                                                       Isa::load_codes(group + kWidth * 4)};
             unroll(Eight{}, [&](auto j) JAXMOE_LAMBDA {
-              const F weight = Isa::template decode<j>(dwords);
+              const F weights[kPair] = {Isa::template decode<j>(dwords[0]),
+                                        Isa::template decode<j>(dwords[1])};
 #pragma GCC unroll 4
               for (int r = 0; r < kRows; ++r) {
-                F& sum = j % 2 ? odd[r] : even[r];
-                sum = Isa::fma(weight, M::splat(a[r][k0 + g * 8 + j]), sum);
+                const F x = M::splat(a[r][k0 + g * 8 + j]);
+                F& first = partial[0][r][j % kChains];
+                F& second = partial[1][r][j % kChains];
+                first = Isa::fma(weights[0], x, first);
+                second = Isa::fma(weights[1], x, second);
               }
             });
           }
-          const Scale scale(panel + b * kPanelLanes + v * kWidth);
+#pragma GCC unroll 2
+          for (int v = 0; v < kPair; ++v) {
+            const Scale scale(panel + b * kPanelLanes + (v0 + v) * kWidth);
 #pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r) {
-            sums[r][v] = scale.accumulate(even[r] + odd[r], sums[r][v]);
+            for (int r = 0; r < kRows; ++r) {
+              F block = partial[v][r][0];
+              if constexpr (kChains == 2) block += partial[v][r][1];
+              sums[v0 + v][r] = scale.accumulate(block, sums[v0 + v][r]);
+            }
           }
         }
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) M::store(c + r * kPanelLanes + v * kWidth, sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) M::store(c + r * kPanelLanes + v * kWidth, sums[v][r]);
     }
   }
 

@@ -56,13 +56,15 @@ struct PanelTiles {
   static constexpr int kBlock = block_size(kFormat);
   static constexpr int kScaleBytes = scale_bytes(kFormat);
   static constexpr int kBytes = superblock_bytes(kFormat);
-  static constexpr int kPrefetchBytes = 2304;
+  static constexpr int kPrefetchBytes = PanelF32<Isa, kFormat>::kPrefetchBytes;
   static constexpr int kGroups = kSuperblockK / 8;
   static constexpr int kMaxChunk = 4;
   static_assert(kMaxChunk * kSuperblockK * kPanelLanes * 2 <= Kernels::kDecodedFloats * 4);
 
   static void run(const uint8_t* panel, int64_t superblocks, const TileRows& a, int rows, float* c,
                   float* scratch) {
+    if (rows <= Multiply::kMaxStreamRows)
+      return Multiply::template stream<kFormat>(panel, superblocks, a, rows, c);
     uint8_t* tiles = reinterpret_cast<uint8_t*>(scratch);
     // Few rows: a smaller chunk leaves L1 to them. Many: a larger one saves trips of c.
     const int64_t step = rows <= 32 ? 2 : kMaxChunk;
@@ -127,38 +129,33 @@ inline __m256i pair_order(__m256i sixteen) {
   return _mm256_permutexvar_epi16(order, sixteen);
 }
 
-inline uint8_t* tile_address(uint8_t* row, int64_t i) {
-  return row + i / TileRows::kTileK * TileRows::kTileBytes + i % TileRows::kTileK * 2;
+inline void store_sixteen(uint8_t* address, __m256i values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(address), pair_order(values));
 }
 
-inline void store_sixteen(uint8_t* row, int64_t i, __m256i values) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(tile_address(row, i)), pair_order(values));
-}
-
-inline void pack_tile_bf16(const uint16_t* values, int64_t n, uint8_t* row) {
+inline void pack_tile_bf16(const uint16_t* values, int64_t n, const TileRows& tiles, int64_t row,
+                           int64_t k) {
   for (int64_t i = 0; i < n; i += 16) {
-    store_sixteen(row, i, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i)));
+    store_sixteen(tiles.at(row, k + i),
+                  _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i)));
   }
 }
 
-// One plane: rounded to bf16. Three: truncated to the upper eight bits, the middle eight and the
-// rest, whose sum is the value (save for a last part below bf16's normal range).
-inline void pack_tile_f32(const float* values, int64_t n, int planes, int64_t plane_stride,
-                          uint8_t* row) {
+// All planes but the last truncate what is left to its upper eight bits; the last one rounds. With
+// three the rest fits (save for a last part below bf16's normal range).
+inline void pack_tile_f32(const float* values, int64_t n, const TileRows& tiles, int64_t row,
+                          int64_t k) {
   for (int64_t i = 0; i < n; i += 16) {
+    uint8_t* address = tiles.at(row, k + i);
     __m512 rest = _mm512_loadu_ps(values + i);
-    if (planes == 1) {
-      store_sixteen(row, i, (__m256i)_mm512_cvtneps_pbh(rest));
-      continue;
-    }
-    for (int plane = 0; plane < planes; ++plane) {
+    for (int plane = 1; plane < tiles.planes; ++plane, address += tiles.plane_stride()) {
       const __m512i bits = _mm512_castps_si512(rest);
       const __m512i upper =
           _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-      store_sixteen(row + plane * plane_stride, i,
-                    _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+      store_sixteen(address, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
       rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(upper));
     }
+    store_sixteen(address, (__m256i)_mm512_cvtneps_pbh(rest));
   }
 }
 
@@ -168,6 +165,7 @@ void fill_tiles(Kernels& table) {
   table.panel_tiles[static_cast<int>(Format::kNvfp4)] = &PanelTiles<Format::kNvfp4, Multiply>::run;
   table.panel_tiles[static_cast<int>(Format::kMxfp4)] = &PanelTiles<Format::kMxfp4, Multiply>::run;
   table.min_tile_rows = Multiply::kMinRows;
+  table.max_short_tile_rows = Multiply::kMaxStreamRows;
   table.pack_tile_f32 = &pack_tile_f32;
   table.pack_tile_bf16 = &pack_tile_bf16;
 }

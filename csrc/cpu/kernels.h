@@ -13,34 +13,37 @@
 
 namespace jaxmoe::cpu {
 
-// Rows as the bf16 tile kernels read them: tiles of 16 rows x 32 k, 1 KB each, at
-// data + ((tile * planes + plane) * k_blocks + k_block) * 1024, row r at + 64 r. Inside each 8 k
-// the order is 0,4,1,5,2,6,3,7, because a shifted dword of codes yields the pairs (j, j + 4). One
-// plane is bf16; three planes sum exactly to f32.
+// Rows as the bf16 tile kernels read them: tiles of `tile_rows` rows x 32 k at 64 bytes a row,
+// ordered by tile of rows, then plane, then k. Inside each 8 k the order is 0,4,1,5,2,6,3,7,
+// because a shifted dword of codes yields the pairs (j, j + 4). The planes' sum is the value: one
+// is bf16, two have 16 bits, three are all of f32.
 struct TileRows {
   uint8_t* data = nullptr;
   int64_t k_blocks = 0;
   int planes = 1;
+  int tile_rows = kTileRows;  // 16, or fewer where the only tile would not be full
 
   inline __attribute__((always_inline)) uint8_t* at(int64_t row, int64_t k) const {
-    return data + ((row / kTileRows * planes) * k_blocks + k / kTileK) * kTileBytes +
-           row % kTileRows * 64 + k % kTileK * 2;
+    return data + ((row / tile_rows * planes) * k_blocks + k / kTileK) * block_stride() +
+           row % tile_rows * kRowBytes + k % kTileK * 2;
+  }
+  inline __attribute__((always_inline)) int64_t block_stride() const {
+    return int64_t{tile_rows} * kRowBytes;
   }
   inline __attribute__((always_inline)) int64_t plane_stride() const {
-    return k_blocks * kTileBytes;
+    return k_blocks * block_stride();
   }
 
   static constexpr int kTileRows = 16;
   static constexpr int kTileK = 32;
-  static constexpr int kTileBytes = 1024;
+  static constexpr int kRowBytes = 64;
 };
 
 struct ActivationCall {
   Activation activation;
   float product_scale;
-  const float*
-      row_scale;      // [rows], or null for ones: a token's weight where it applies to the input
-  const float* bias;  // 32 lanes
+  const float* row_scale;  // [rows]: a token's weight where it applies to the input; null for ones
+  const float* bias;       // 32 lanes
   float params[kMaxActivationParams];
 };
 
@@ -65,13 +68,16 @@ struct Kernels {
   using PanelTiles = void (*)(const uint8_t* panel, int64_t superblocks, const TileRows& a,
                               int rows, float* c, float* scratch);
   PanelTiles panel_tiles[kNumFormats] = {};
-  // An expert with at least so many rows goes through the tiles.
+  // A segment with at least so many rows goes through the tiles ...
   int min_tile_rows = 0;
+  // ... and with at most so many is one tile without padding rows.
+  int max_short_tile_rows = 0;
 
-  // Stores n (a multiple of 16) values into one row of tiles, at the address of the first one.
-  void (*pack_tile_f32)(const float* values, int64_t n, int planes, int64_t plane_stride,
-                        uint8_t* row) = nullptr;
-  void (*pack_tile_bf16)(const uint16_t* values, int64_t n, uint8_t* row) = nullptr;
+  // Stores columns [k, k + n) of one row of tiles, n a multiple of 16.
+  void (*pack_tile_f32)(const float* values, int64_t n, const TileRows& tiles, int64_t row,
+                        int64_t k) = nullptr;
+  void (*pack_tile_bf16)(const uint16_t* values, int64_t n, const TileRows& tiles, int64_t row,
+                         int64_t k) = nullptr;
 
   // Gated: c[r][0..15] = act(gate lanes, up lanes); else c[r][0..31] = act(c[r]). In place.
   void (*activate)(const ActivationCall& call, float* c, int rows) = nullptr;

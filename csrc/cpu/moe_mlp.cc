@@ -26,27 +26,24 @@ constexpr int64_t kSumBytes = int64_t{1} << 20;
 // Below this many multiplications, waking helpers costs more than they bring.
 constexpr int64_t kMinParallelWork = int64_t{1} << 18;
 
-SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, int64_t k,
-                         int64_t intermediate_size) {
-  const int planes = tile_planes(dtype);
-  const int64_t padded = round_up(intermediate_size, kSuperblockK);
-  const auto rows_for = [](int64_t row_bytes) {
-    const int64_t rows = kSegmentBytes / row_bytes / TileRows::kTileRows * TileRows::kTileRows;
-    return static_cast<int>(std::clamp<int64_t>(rows, kMinSegmentRows, kMaxSegmentRows));
-  };
+SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, const MoeMlpShape& shape) {
+  const int64_t row_bytes = round_up(shape.hidden_size, kSuperblockK) * 4;
+  const int64_t fitting =
+      kSegmentBytes / std::max<int64_t>(row_bytes, 1) / TileRows::kTileRows * TileRows::kTileRows;
   SegmentRule rule;
   rule.has_tiles = kernels.panel_tiles[0] != nullptr;
   rule.min_tile_rows = kernels.min_tile_rows;
-  rule.max_rows_f32 = rows_for(round_up(k, kSuperblockK) * 4);
+  rule.max_short_tile_rows = kernels.max_short_tile_rows;
+  rule.max_rows_f32 =
+      static_cast<int>(std::clamp<int64_t>(fitting, kMinSegmentRows, kMaxSegmentRows));
   rule.max_rows_tiles = kMaxSegmentRows;
-  rule.hidden_bytes_f32 = padded * 4;
-  rule.hidden_bytes_tiles = padded * 2 * planes;
+  rule.planes = tile_planes(dtype);
+  rule.hidden_columns = round_up(shape.intermediate_size, kSuperblockK);
   return rule;
 }
 
 int64_t chunk_tokens(const SegmentRule& rule, const MoeMlpShape& shape) {
-  const int64_t row_bytes =
-      std::max(rule.hidden_bytes_f32, rule.has_tiles ? rule.hidden_bytes_tiles : 0);
+  const int64_t row_bytes = rule.hidden_columns * (rule.has_tiles ? 2 * rule.planes : 4);
   const int64_t token_bytes = std::max<int64_t>(row_bytes * shape.top_k, 1);
   const int64_t limit =
       std::clamp(kWorkspaceTarget / token_bytes, kMinChunkTokens, kMaxChunkTokens);
@@ -65,8 +62,7 @@ class MoeMlpJob : public Job {
         args_(args),
         kernels_(kernels),
         gated_(activation_info(args.activation).gated),
-        rule_(segment_rule(kernels, args.dtype, args.shape.hidden_size,
-                           args.shape.intermediate_size)),
+        rule_(segment_rule(kernels, args.dtype, args.shape)),
         chunk_(chunk_tokens(rule_, args.shape)),
         gate_up_tasks_(gate_up_tasks(chunk_, threads)),
         group_panels_(group_panels(args.shape, chunk_, threads)),
@@ -116,8 +112,7 @@ class MoeMlpJob : public Job {
   static std::vector<int64_t> phase_tasks(const MoeMlpArgs& args, const Kernels& kernels,
                                           int threads) {
     const MoeMlpShape& shape = args.shape;
-    const SegmentRule rule =
-        segment_rule(kernels, args.dtype, shape.hidden_size, shape.intermediate_size);
+    const SegmentRule rule = segment_rule(kernels, args.dtype, shape);
     const int64_t chunk = chunk_tokens(rule, shape);
     const int64_t groups =
         ceil_div(ceil_div(shape.hidden_size, kPanelLanes), group_panels(shape, chunk, threads));
@@ -144,8 +139,8 @@ class MoeMlpJob : public Job {
   }
 
   TileRows hidden_tiles(const Segment& segment) const {
-    return {hidden_ + segment.hidden_offset, down_.padded_k() / TileRows::kTileK,
-            tile_planes(args_.dtype)};
+    return {hidden_ + segment.hidden_offset, down_.padded_k() / TileRows::kTileK, segment.planes,
+            segment.tile_rows};
   }
   float* hidden_rows(const Segment& segment) const {
     return reinterpret_cast<float*>(hidden_ + segment.hidden_offset);
@@ -155,7 +150,7 @@ class MoeMlpJob : public Job {
                Scratch& scratch) const {
     const MoeMlpShape& shape = args_.shape;
     const Matrix x = {args_.x, args_.dtype, shape.hidden_size};
-    const Operand a = gather(kernels_, segment.tiles, x, first_token,
+    const Operand a = gather(kernels_, segment.tile_rows, x, first_token,
                              pairs_.tokens.data() + segment.first_row, segment.rows, scratch);
     float* c = product_buffer(segment.rows, scratch);
     float bias[kPanelLanes] = {};
@@ -196,11 +191,10 @@ class MoeMlpJob : public Job {
   void store_hidden(const Segment& segment, int64_t panel, const float* c) const {
     const int width = lanes_per_panel();
     const int64_t column = panel * width;
-    if (segment.tiles) {
+    if (segment.tile_rows > 0) {
       const TileRows tiles = hidden_tiles(segment);
       for (int r = 0; r < segment.rows; ++r) {
-        kernels_.pack_tile_f32(c + r * kPanelLanes, width, tiles.planes, tiles.plane_stride(),
-                               tiles.at(r, column));
+        kernels_.pack_tile_f32(c + r * kPanelLanes, width, tiles, r, column);
       }
     } else {
       float* rows = hidden_rows(segment);
@@ -213,7 +207,8 @@ class MoeMlpJob : public Job {
 
   void pad_hidden(const Segment& segment) const {
     const int64_t written = gate_up_.panels * lanes_per_panel();
-    if (segment.tiles) return zero_tile_padding(hidden_tiles(segment), segment.rows, written);
+    if (segment.tile_rows > 0)
+      return zero_tile_padding(hidden_tiles(segment), segment.rows, written);
     for (int r = 0; r < segment.rows; ++r) {
       float* row = hidden_rows(segment) + r * down_.padded_k();
       std::fill(row + written, row + down_.padded_k(), 0.0f);
@@ -233,7 +228,7 @@ class MoeMlpJob : public Job {
   void add_segment(const Segment& segment, int64_t begin, int64_t end, float* sums, int64_t stride,
                    Scratch& scratch) const {
     Operand a;
-    if (segment.tiles) {
+    if (segment.tile_rows > 0) {
       a.tiles = hidden_tiles(segment);
     } else {
       a = dense_rows(hidden_rows(segment), down_.padded_k(), segment.rows, scratch);
@@ -311,9 +306,8 @@ int64_t down_bytes(Format format, const MoeMlpShape& shape) {
   return PanelGeometry(format, shape.hidden_size, shape.intermediate_size, false).expert_bytes;
 }
 
-int64_t moe_mlp_workspace_bytes(Variant variant, Dtype dtype, const MoeMlpShape& shape) {
-  const SegmentRule rule =
-      segment_rule(*kernels(variant), dtype, shape.hidden_size, shape.intermediate_size);
+int64_t moe_mlp_workspace_bytes(const Kernels& kernels, Dtype dtype, const MoeMlpShape& shape) {
+  const SegmentRule rule = segment_rule(kernels, dtype, shape);
   return workspace_bytes(rule, shape);
 }
 
@@ -323,8 +317,7 @@ bool moe_mlp(const MoeMlpArgs& args, Executor* executor) {
   const int64_t work = shape.tokens * shape.top_k * shape.hidden_size * shape.intermediate_size;
   const int available = executor ? std::max(executor->num_threads(), 1) : 1;
   const int threads = work < kMinParallelWork ? 1 : available;
-  return execute(std::make_shared<MoeMlpJob>(args, *kernels(args.variant), threads), executor,
-                 threads);
+  return execute(std::make_shared<MoeMlpJob>(args, *args.kernels, threads), executor, threads);
 }
 
 }  // namespace jaxmoe::cpu

@@ -13,23 +13,23 @@ Operand dense_rows(const float* data, int64_t stride, int rows, Scratch& scratch
   return operand;
 }
 
-Operand gather(const Kernels& kernels, bool tiles, const Matrix& x, int64_t first,
+Operand gather(const Kernels& kernels, int tile_rows, const Matrix& x, int64_t first,
                const int32_t* indices, int rows, Scratch& scratch) {
   const int64_t padded = round_up(x.columns, kSuperblockK);
   const auto source = [&](int r) { return x.row(first + (indices ? indices[r] : r)); };
   Operand operand;
-  if (tiles) {
+  if (tile_rows > 0) {
     operand.tiles.planes = tile_planes(x.dtype);
     operand.tiles.k_blocks = padded / TileRows::kTileK;
-    const int64_t bytes = round_up(rows, TileRows::kTileRows) * padded * 2 * operand.tiles.planes;
+    operand.tiles.tile_rows = tile_rows;
+    const int64_t bytes = round_up(rows, tile_rows) * padded * 2 * operand.tiles.planes;
     operand.tiles.data = scratch.get<uint8_t>(Scratch::kInput, bytes);
     for (int r = 0; r < rows; ++r) {
-      uint8_t* row = operand.tiles.at(r, 0);
       if (x.dtype == Dtype::kBf16) {
-        kernels.pack_tile_bf16(static_cast<const uint16_t*>(source(r)), x.columns, row);
+        kernels.pack_tile_bf16(static_cast<const uint16_t*>(source(r)), x.columns, operand.tiles, r,
+                               0);
       } else {
-        kernels.pack_tile_f32(static_cast<const float*>(source(r)), x.columns, operand.tiles.planes,
-                              operand.tiles.plane_stride(), row);
+        kernels.pack_tile_f32(static_cast<const float*>(source(r)), x.columns, operand.tiles, r, 0);
       }
     }
     zero_tile_padding(operand.tiles, rows, x.columns);
@@ -55,7 +55,7 @@ Operand gather(const Kernels& kernels, bool tiles, const Matrix& x, int64_t firs
 }
 
 void zero_tile_padding(const TileRows& tiles, int rows, int64_t columns) {
-  const int padded_rows = static_cast<int>(round_up(rows, TileRows::kTileRows));
+  const int padded_rows = static_cast<int>(round_up(rows, tiles.tile_rows));
   const int64_t padded_columns = tiles.k_blocks * TileRows::kTileK;
   for (int r = 0; r < padded_rows; ++r) {
     for (int64_t k = r < rows ? columns : 0; k < padded_columns;) {

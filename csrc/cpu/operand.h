@@ -31,9 +31,9 @@ struct Operand {
 // Planes of bf16 that hold a value of this type exactly.
 constexpr int tile_planes(Dtype dtype) { return dtype == Dtype::kF32 ? 3 : 1; }
 
-// Row i of the operand is row first + i of x, or row first + indices[i]. The result lives in
-// `scratch` (slots kInput and kPointers), or in x itself.
-Operand gather(const Kernels& kernels, bool tiles, const Matrix& x, int64_t first,
+// f32 rows if tile_rows is 0. Row i of the operand is row first + i of x, or row first +
+// indices[i]. The result lives in `scratch` (slots kInput and kPointers), or in x itself.
+Operand gather(const Kernels& kernels, int tile_rows, const Matrix& x, int64_t first,
                const int32_t* indices, int rows, Scratch& scratch);
 
 // Row pointers to `rows` dense rows of `stride` floats.

@@ -12,22 +12,29 @@ struct Segment {
   int64_t expert;
   int64_t first_row;  // in the order sorted by expert
   int rows;
-  bool tiles;             // bf16 tiles, or f32 rows
+  int tile_rows;          // 0: f32 rows
+  int planes;             // of the activations between the GEMMs, in tiles
   int64_t hidden_offset;  // of its first activation in the workspace, bytes
 };
 
 // How a kernel wants its rows cut.
 struct SegmentRule {
   bool has_tiles = false;
-  int min_tile_rows = 0;  // an expert with at least so many rows uses tiles
-  int max_rows_f32 = 0;   // multiples of 16
+  int min_tile_rows = 0;
+  int max_short_tile_rows = 0;
+  int max_rows_f32 = 0;  // of a segment; multiples of 16
   int max_rows_tiles = 0;
-  int64_t hidden_bytes_f32 = 0;    // of one row
-  int64_t hidden_bytes_tiles = 0;  // of one row in a tile; tiles are whole
+  int planes = 1;              // that hold an input exactly
+  int64_t hidden_columns = 0;  // padded
 
+  int64_t hidden_bytes(const Segment& segment) const;
   // Bytes for all activations, whatever the routing.
   int64_t hidden_bytes_bound(int64_t rows, int64_t experts) const;
 };
+
+// Rows of an expert up to which activations between the GEMMs keep 16 bits or more: such products
+// are bound by the weights' bandwidth. With more rows and bf16 inputs they are rounded to bf16.
+inline constexpr int kPreciseRows = 4;
 
 // Appends the segments of an expert's rows; returns the workspace offset behind them.
 int64_t append_segments(const SegmentRule& rule, int64_t expert, int64_t first_row, int64_t rows,

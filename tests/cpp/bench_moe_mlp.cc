@@ -1,0 +1,168 @@
+// Times moe_mlp without XLA: bench_moe_mlp VARIANT FORMAT DTYPE THREADS T... [-- H I E k]
+//
+// One layer (by default of Qwen3-30B-A3B), larger than the caches; every repetition has another
+// routing. Prints the median time, the packed weight bytes of the experts touched per second, and
+// the arithmetic rate.
+#include <sys/mman.h>
+#include <time.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "cpu/features.h"
+#include "cpu/layout.h"
+#include "cpu/moe_mlp.h"
+#include "thread_pool.h"
+
+namespace jaxmoe::cpu {
+namespace {
+
+using Random = std::mt19937;
+
+// Of all threads: what a shared machine leaves comparable.
+double cpu_seconds() {
+  timespec now;
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
+}
+
+uint8_t* allocate(size_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) std::abort();
+  if (std::getenv("NO_HUGE_PAGES") == nullptr) madvise(memory, bytes, MADV_HUGEPAGE);
+  return static_cast<uint8_t*>(memory);
+}
+
+// Any codes; scales of moderate size.
+uint8_t* random_weights(Format format, int64_t bytes, Random& random) {
+  uint8_t* packed = allocate(static_cast<size_t>(bytes));
+  for (int64_t i = 0; i < bytes; i += superblock_bytes(format)) {
+    for (int b = 0; b < superblock_bytes(format); ++b) {
+      const bool scale = b < scale_bytes(format);
+      packed[i + b] = static_cast<uint8_t>(
+          scale ? (format == Format::kNvfp4 ? 0x20 : 116) + random() % 8 : random());
+    }
+  }
+  return packed;
+}
+
+void measure(const char* label, MoeMlpArgs args, int64_t tokens, Executor* executor,
+             double seconds) {
+  Random random(1);
+  args.shape.tokens = tokens;
+  const MoeMlpShape& shape = args.shape;
+  std::vector<float> values(tokens * shape.hidden_size);
+  for (float& value : values) value = std::uniform_real_distribution<float>(-1, 1)(random);
+  std::vector<uint16_t> narrow(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &values[i], 4);
+    narrow[i] = static_cast<uint16_t>(bits >> 16);
+  }
+  args.x = args.dtype == Dtype::kF32 ? static_cast<void*>(values.data()) : narrow.data();
+  std::vector<float> out(values.size());
+  args.out = out.data();
+  std::vector<uint8_t> workspace(moe_mlp_workspace_bytes(*args.kernels, args.dtype, shape));
+  args.workspace = workspace.data();
+  std::vector<float> weights(tokens * shape.top_k, 1.0f / static_cast<float>(shape.top_k));
+  args.weights = weights.data();
+
+  std::vector<double> times, cpu_times;
+  double bytes = 0;
+  const auto begin = std::chrono::steady_clock::now();
+  for (int rep = 0; rep < 400; ++rep) {
+    std::vector<int32_t> ids;
+    std::set<int32_t> touched;
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::set<int32_t> chosen;
+      while (static_cast<int64_t>(chosen.size()) < shape.top_k) {
+        chosen.insert(static_cast<int32_t>(random() % shape.num_experts));
+      }
+      ids.insert(ids.end(), chosen.begin(), chosen.end());
+      touched.insert(chosen.begin(), chosen.end());
+    }
+    args.expert_ids = ids.data();
+    const double cpu_start = cpu_seconds();
+    const auto start = std::chrono::steady_clock::now();
+    if (!moe_mlp(args, executor)) std::abort();
+    const auto stop = std::chrono::steady_clock::now();
+    const double cpu_stop = cpu_seconds();
+    if (rep < 2) continue;
+    cpu_times.push_back(cpu_stop - cpu_start);
+    times.push_back(std::chrono::duration<double>(stop - start).count());
+    bytes += static_cast<double>(touched.size()) *
+             static_cast<double>(gate_up_bytes(args.format, args.activation, shape) +
+                                 down_bytes(args.format, shape));
+    if (times.size() >= 3 && std::chrono::duration<double>(stop - begin).count() > seconds) break;
+  }
+  bytes /= static_cast<double>(times.size());
+  std::sort(times.begin(), times.end());
+  std::sort(cpu_times.begin(), cpu_times.end());
+  const double median = times[times.size() / 2], best = times[0], cpu = cpu_times[times.size() / 2];
+  const double flops =
+      6.0 * static_cast<double>(tokens * shape.top_k * shape.hidden_size * shape.intermediate_size);
+  std::printf(
+      "%-16s %s %s T=%-5ld median %9.3f ms  best %9.3f ms  cpu %9.3f ms  %6.1f GB/s  %7.1f GFLOP/s "
+      " (n=%zu, workspace %.1f MB)\n",
+      label, format_name(args.format), args.dtype == Dtype::kF32 ? "f32 " : "bf16",
+      static_cast<long>(tokens), median * 1e3, best * 1e3, cpu * 1e3, bytes / median / 1e9,
+      flops / median / 1e9, times.size(), static_cast<double>(workspace.size()) / 1e6);
+  std::fflush(stdout);
+}
+
+int run(int argc, char** argv) {
+  if (argc < 6) {
+    std::fprintf(stderr, "usage: %s VARIANT FORMAT f32|bf16 THREADS T... [-- H I E k]\n", argv[0]);
+    return 2;
+  }
+  const auto variant = parse_variant(argv[1]);
+  const auto format = parse_format(argv[2]);
+  if (!variant || !format) {
+    std::fprintf(stderr, "variants: %s; formats: %s\n", variant_names().c_str(),
+                 format_names().c_str());
+    return 2;
+  }
+  if (const std::string reason = why_not(*variant); !reason.empty()) {
+    std::fprintf(stderr, "%s\n", reason.c_str());
+    return 1;
+  }
+  MoeMlpArgs args;
+  args.kernels = kernels(*variant);
+  args.format = *format;
+  args.dtype = std::string(argv[3]) == "bf16" ? Dtype::kBf16 : Dtype::kF32;
+  args.shape = {0, 2048, 768, 128, 8};
+  std::vector<int64_t> token_counts;
+  int i = 5;
+  for (; i < argc && std::string(argv[i]) != "--"; ++i) token_counts.push_back(std::atol(argv[i]));
+  if (i + 4 < argc) {
+    args.shape = {0, std::atol(argv[i + 1]), std::atol(argv[i + 2]), std::atol(argv[i + 3]),
+                  std::atol(argv[i + 4])};
+  }
+  const int64_t experts = args.shape.num_experts;
+  Random random(7);
+  args.gate_up = random_weights(
+      args.format, experts * gate_up_bytes(args.format, args.activation, args.shape), random);
+  args.down = random_weights(args.format, experts * down_bytes(args.format, args.shape), random);
+  const std::vector<float> ones(experts, 1.0f);
+  args.gate_up_global = args.down_global = ones.data();
+  std::vector<float> params;
+  for (const float value : {1.0f, 0.0f, 1e30f}) params.insert(params.end(), experts, value);
+  args.activation_params = params.data();
+  const char* budget = std::getenv("SECONDS_PER_CASE");
+  ThreadPool pool(std::atoi(argv[4]));
+  for (const int64_t tokens : token_counts)
+    measure(argv[1], args, tokens, &pool, budget ? std::atof(budget) : 2.0);
+  return 0;
+}
+
+}  // namespace
+}  // namespace jaxmoe::cpu
+
+int main(int argc, char** argv) { return jaxmoe::cpu::run(argc, argv); }

@@ -1,0 +1,618 @@
+// Tests of csrc/cpu without XLA: every variant that this machine can run, against a plain f64
+// reference. Buffers are allocated to the byte, so that AddressSanitizer sees every overrun, and
+// poisoned, so that a read of what nobody wrote turns into NaN.
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "amx_model.h"
+#include "cpu/features.h"
+#include "cpu/grouped_matmul.h"
+#include "cpu/kernels.h"
+#include "cpu/moe_mlp.h"
+#include "reference.h"
+#include "thread_pool.h"
+
+namespace jaxmoe::cpu {
+namespace {
+
+using reference::Grid;
+using reference::Random;
+
+int failures = 0, checks = 0;
+
+void expect(bool condition, const std::string& what) {
+  ++checks;
+  if (condition) return;
+  ++failures;
+  std::printf("FAILED: %s\n", what.c_str());
+}
+
+void expect_below(double value, double limit, const std::string& what) {
+  expect(value <= limit, what + ": " + std::to_string(value) + " > " + std::to_string(limit));
+}
+
+// A table of kernels under test.
+struct Kind {
+  std::string label;
+  const Kernels* table;
+};
+
+constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
+
+// A [rows, columns] matrix in f32 or bf16.
+struct Buffer {
+  Dtype dtype;
+  std::vector<float> f32;
+  std::vector<uint16_t> bf16;
+
+  Buffer(Dtype type, int64_t size) : dtype(type) {
+    if (dtype == Dtype::kF32) {
+      f32.assign(size, kPoison);
+    } else {
+      bf16.assign(size, 0x7fc0);
+    }
+  }
+  void set(int64_t i, float value) {
+    if (dtype == Dtype::kF32) {
+      f32[i] = value;
+    } else {
+      bf16[i] = reference::bf16_bits(reference::bf16_round(value));
+    }
+  }
+  double get(int64_t i) const {
+    return dtype == Dtype::kF32 ? f32[i] : reference::bf16_value(bf16[i]);
+  }
+  void* data() { return dtype == Dtype::kF32 ? static_cast<void*>(f32.data()) : bf16.data(); }
+  std::vector<double> values(int64_t size) const {
+    std::vector<double> all;
+    for (int64_t i = 0; i < size; ++i) all.push_back(get(i));
+    return all;
+  }
+};
+
+struct Case {
+  Format format = Format::kNvfp4;
+  Dtype dtype = Dtype::kF32;
+  Activation activation = Activation::kSwiglu;
+  MoeMlpShape shape;
+  Grid grid = Grid::kOrdinary;
+  bool bias = true;
+  bool weight_on_input = false;
+  int64_t expert_offset = 0;
+  enum Routing { kRandom, kHot, kDuplicates, kOutside } routing = kRandom;
+  unsigned seed = 1;
+
+  std::string name(const Kind& kind) const {
+    return kind.label + " " + format_name(format) + (dtype == Dtype::kF32 ? " f32 " : " bf16 ") +
+           activation_info(activation).name + " T" + std::to_string(shape.tokens) + " H" +
+           std::to_string(shape.hidden_size) + " I" + std::to_string(shape.intermediate_size) +
+           " E" + std::to_string(shape.num_experts) + " k" + std::to_string(shape.top_k) +
+           " routing" + std::to_string(routing) + " seed" + std::to_string(seed);
+  }
+};
+
+// The operands of a case, and its f64 result.
+class Layer {
+ public:
+  explicit Layer(const Case& c)
+      : case_(c),
+        random_(c.seed),
+        gated_(activation_info(c.activation).gated),
+        gate_up_(reference::random_weights(c.format, c.shape.num_experts,
+                                           c.shape.intermediate_size * (gated_ ? 2 : 1),
+                                           c.shape.hidden_size, c.grid, random_)),
+        down_(reference::random_weights(c.format, c.shape.num_experts, c.shape.hidden_size,
+                                        c.shape.intermediate_size, c.grid, random_)),
+        packed_gate_up_(gate_up_.pack(gated_)),
+        packed_down_(down_.pack(false)),
+        x_(c.dtype, c.shape.tokens * c.shape.hidden_size) {
+    const MoeMlpShape& s = c.shape;
+    double spread = 0;
+    for (int64_t i = 0; i < s.hidden_size; ++i) spread += std::pow(gate_up_.value(0, 0, i), 2);
+    for (int64_t i = 0; i < s.tokens * s.hidden_size; ++i) {
+      x_.set(i, c.grid == Grid::kExact
+                    ? static_cast<float>(static_cast<int>(random_() % 5) - 2)
+                    : static_cast<float>(reference::uniform(random_, -4, 4) / std::sqrt(spread)));
+    }
+    const auto biases = [&](int64_t count) {
+      std::vector<float> values;
+      for (int64_t i = 0; c.bias && i < count; ++i) {
+        values.push_back(c.grid == Grid::kExact
+                             ? static_cast<float>(random_() % 4)
+                             : static_cast<float>(reference::uniform(random_, -1, 1)));
+      }
+      return values;
+    };
+    gate_up_bias_ = biases(s.num_experts * gate_up_.n);
+    down_bias_ = biases(s.num_experts * s.hidden_size);
+    const double params[2][3] = {{1.702, 1.0, 7.0}, {4.0, 25.0, 0.0}};
+    for (int p = 0; p < activation_info(c.activation).num_params; ++p) {
+      for (int64_t e = 0; e < s.num_experts; ++e) {
+        const double value = c.activation == Activation::kSwiglu       ? params[0][p]
+                             : c.activation == Activation::kSwigluStep ? 7.0
+                                                                       : params[1][p];
+        params_.push_back(static_cast<float>(value * (1 + 0.125 * static_cast<double>(e % 3))));
+      }
+    }
+    for (int64_t t = 0; t < s.tokens; ++t) {
+      for (int64_t j = 0; j < s.top_k; ++j) {
+        int64_t id = static_cast<int64_t>(random_() % s.num_experts);
+        if (c.routing == Case::kHot) id = j == 0 ? 0 : id;
+        if (c.routing == Case::kDuplicates) id = t % s.num_experts;
+        if (c.routing == Case::kOutside)
+          id = static_cast<int64_t>(random_() % (3 * s.num_experts)) - s.num_experts;
+        ids_.push_back(static_cast<int32_t>(id + c.expert_offset));
+        weights_.push_back(c.grid == Grid::kExact
+                               ? 0.5f
+                               : static_cast<float>(reference::uniform(random_, 0.1, 1)));
+      }
+    }
+    if (c.routing == Case::kOutside && !ids_.empty()) {
+      ids_[0] = std::numeric_limits<int32_t>::min();
+      ids_.back() = std::numeric_limits<int32_t>::max();
+    }
+  }
+
+  Buffer& x() { return x_; }
+
+  std::vector<double> expected() const {
+    const MoeMlpShape& s = case_.shape;
+    const int64_t rows = gate_up_.n, inner = s.intermediate_size;
+    std::vector<double> out(s.tokens * s.hidden_size, 0.0);
+    // Dequantised once: the reference would otherwise take minutes under a sanitizer.
+    const auto dense = [](const reference::Weights& w) {
+      std::vector<double> values;
+      for (int64_t e = 0; e < w.experts; ++e) {
+        for (int64_t r = 0; r < w.n; ++r) {
+          for (int64_t i = 0; i < w.k; ++i) values.push_back(w.value(e, r, i));
+        }
+      }
+      return values;
+    };
+    const std::vector<double> w1 = dense(gate_up_), w2 = dense(down_);
+    for (int64_t t = 0; t < s.tokens; ++t) {
+      for (int64_t j = 0; j < s.top_k; ++j) {
+        const int64_t e = int64_t{ids_[t * s.top_k + j]} - case_.expert_offset;
+        if (e < 0 || e >= s.num_experts) continue;
+        const double weight = weights_[t * s.top_k + j];
+        std::vector<double> y(rows), h(inner);
+        for (int64_t r = 0; r < rows; ++r) {
+          double sum = 0;
+          for (int64_t i = 0; i < s.hidden_size; ++i) {
+            sum += w1[(e * rows + r) * s.hidden_size + i] * x_.get(t * s.hidden_size + i);
+          }
+          y[r] = sum * (case_.weight_on_input ? weight : 1.0) +
+                 (case_.bias ? gate_up_bias_[e * rows + r] : 0.0);
+        }
+        double params[kMaxActivationParams] = {};
+        for (int p = 0; p < activation_info(case_.activation).num_params; ++p) {
+          params[p] = params_[p * s.num_experts + e];
+        }
+        for (int64_t i = 0; i < inner; ++i) {
+          h[i] = reference::activate(case_.activation, y[i], gated_ ? y[inner + i] : 0.0, params);
+        }
+        for (int64_t n = 0; n < s.hidden_size; ++n) {
+          double sum = case_.bias ? down_bias_[e * s.hidden_size + n] : 0.0;
+          for (int64_t i = 0; i < inner; ++i) sum += w2[(e * s.hidden_size + n) * inner + i] * h[i];
+          out[t * s.hidden_size + n] += sum * (case_.weight_on_input ? 1.0 : weight);
+        }
+      }
+    }
+    return out;
+  }
+
+  Buffer run(const Kind& kind, Executor* executor) {
+    const MoeMlpShape& s = case_.shape;
+    MoeMlpArgs args;
+    args.kernels = kind.table;
+    args.format = case_.format;
+    args.activation = case_.activation;
+    args.dtype = case_.dtype;
+    args.shape = s;
+    args.weight_on_input = case_.weight_on_input;
+    args.expert_offset = case_.expert_offset;
+    args.x = x_.data();
+    args.gate_up = packed_gate_up_.data();
+    args.gate_up_global = gate_up_.global.data();
+    args.down = packed_down_.data();
+    args.down_global = down_.global.data();
+    args.gate_up_bias = case_.bias ? gate_up_bias_.data() : nullptr;
+    args.down_bias = case_.bias ? down_bias_.data() : nullptr;
+    args.activation_params = params_.data();
+    args.expert_ids = ids_.data();
+    args.weights = weights_.data();
+    Buffer out(case_.dtype, s.tokens * s.hidden_size);
+    args.out = out.data();
+    // 0xff bytes are NaN as f32 and as bf16.
+    const int64_t bytes = moe_mlp_workspace_bytes(*kind.table, case_.dtype, s);
+    const std::unique_ptr<uint8_t[]> workspace(new uint8_t[bytes]);
+    std::fill(workspace.get(), workspace.get() + bytes, 0xff);
+    args.workspace = workspace.get();
+    expect(
+        packed_gate_up_.size() ==
+            static_cast<size_t>(gate_up_bytes(case_.format, case_.activation, s) * s.num_experts),
+        case_.name(kind) + ": gate_up_bytes");
+    expect(packed_down_.size() == static_cast<size_t>(down_bytes(case_.format, s) * s.num_experts),
+           case_.name(kind) + ": down_bytes");
+    expect(moe_mlp(args, executor), case_.name(kind) + ": scratch memory");
+    return out;
+  }
+
+ private:
+  Case case_;
+  Random random_;
+  bool gated_;
+  reference::Weights gate_up_, down_;
+  std::vector<uint8_t> packed_gate_up_, packed_down_;
+  Buffer x_;
+  std::vector<float> gate_up_bias_, down_bias_, params_, weights_;
+  std::vector<int32_t> ids_;
+};
+
+std::vector<Kind> runnable;
+
+bool same_bits(const Buffer& a, const Buffer& b) {
+  return a.bf16 == b.bf16 && a.f32.size() == b.f32.size() &&
+         (a.f32.empty() ||
+          std::memcmp(a.f32.data(), b.f32.data(), a.f32.size() * sizeof(float)) == 0);
+}
+
+double tolerance(Dtype dtype) { return dtype == Dtype::kF32 ? 3e-6 : 4e-3; }
+
+// Every variant against the reference, with 1 and 3 threads; same bits for both.
+void check_moe_mlp(const Case& c) {
+  Layer layer(c);
+  const std::vector<double> want = layer.expected();
+  ThreadPool pool(3);
+  for (const Kind& kind : runnable) {
+    const Buffer alone = layer.run(kind, nullptr);
+    const Buffer together = layer.run(kind, &pool);
+    const std::vector<double> got = alone.values(static_cast<int64_t>(want.size()));
+    if (c.grid == Grid::kExact) {
+      expect(got == want, c.name(kind) + ": exact");
+    } else {
+      expect_below(reference::relative_error(got, want), tolerance(c.dtype), c.name(kind));
+    }
+    expect(same_bits(alone, together), c.name(kind) + ": the same bits for 1 and 3 threads");
+  }
+}
+
+void test_activations() {
+  for (int a = 0; a < kNumActivations; ++a) {
+    for (const Format format : {Format::kNvfp4, Format::kMxfp4}) {
+      for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+        Case c;
+        c.format = format;
+        c.dtype = dtype;
+        c.activation = static_cast<Activation>(a);
+        c.shape = {11, 96, 96, 5, 3};
+        check_moe_mlp(c);
+      }
+    }
+  }
+}
+
+void test_shapes() {
+  unsigned seed = 100;
+  for (const MoeMlpShape shape :
+       {MoeMlpShape{1, 64, 32, 4, 2}, MoeMlpShape{2, 32, 64, 3, 3}, MoeMlpShape{0, 64, 64, 2, 1},
+        MoeMlpShape{37, 160, 224, 4, 2}, MoeMlpShape{600, 96, 32, 3, 2},
+        MoeMlpShape{4, 352, 96, 1, 1}, MoeMlpShape{130, 64, 160, 2, 2},
+        MoeMlpShape{5, 1056, 544, 2, 1}}) {
+    for (const Format format : {Format::kNvfp4, Format::kMxfp4}) {
+      for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+        Case c;
+        c.shape = shape;
+        c.format = format;
+        c.dtype = dtype;
+        c.seed = ++seed;
+        c.bias = seed % 2;
+        check_moe_mlp(c);
+        c.activation = Activation::kRelu2;
+        check_moe_mlp(c);
+      }
+    }
+  }
+  Case odd;  // NVFP4's block allows odd multiples of 16
+  odd.shape = {9, 48, 80, 3, 2};
+  check_moe_mlp(odd);
+  odd.activation = Activation::kSilu;
+  check_moe_mlp(odd);
+}
+
+void test_routings() {
+  for (const auto routing : {Case::kHot, Case::kDuplicates, Case::kOutside}) {
+    for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+      Case c;
+      c.routing = routing;
+      c.dtype = dtype;
+      c.shape = {70, 64, 96, 7, 3};
+      c.expert_offset = routing == Case::kOutside ? 0 : 14;
+      check_moe_mlp(c);
+    }
+  }
+  Case c;
+  c.weight_on_input = true;
+  for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+    c.dtype = dtype;
+    c.shape = {40, 64, 64, 3, 1};
+    check_moe_mlp(c);
+  }
+}
+
+void test_exact() {
+  for (const int64_t tokens : {3, 40}) {
+    for (const Format format : {Format::kNvfp4, Format::kMxfp4}) {
+      Case c;
+      c.grid = Grid::kExact;
+      c.format = format;
+      c.activation = Activation::kRelu;
+      c.shape = {tokens, 96, 64, 3, 2};
+      check_moe_mlp(c);
+    }
+  }
+}
+
+// Large inputs must saturate the activations without a NaN, and a NaN row must stay alone.
+void test_extremes() {
+  for (int a = 0; a < kNumActivations; ++a) {
+    for (const int64_t tokens : {3, 40}) {
+      Case c;
+      c.activation = static_cast<Activation>(a);
+      c.shape = {tokens, 64, 64, 2, 1};
+      c.dtype = tokens == 3 ? Dtype::kF32 : Dtype::kBf16;
+      Layer layer(c);
+      std::vector<Buffer> ordinary;
+      for (const Kind& kind : runnable) ordinary.push_back(layer.run(kind, nullptr));
+      for (int64_t i = 0; i < 64; ++i) layer.x().set(64 + i, i % 2 ? 1e15f : -1e14f);
+      for (const Kind& kind : runnable) {
+        const Buffer out = layer.run(kind, nullptr);
+        for (int64_t i = 64; i < 128; ++i)
+          expect(!std::isnan(out.get(i)), c.name(kind) + ": NaN for large x");
+      }
+      for (int64_t i = 0; i < 64; ++i) layer.x().set(64 + i, kPoison);
+      for (size_t v = 0; v < runnable.size(); ++v) {
+        const Buffer out = layer.run(runnable[v], nullptr);
+        for (int64_t i = 0; i < tokens * 64; ++i) {
+          const bool own_row = i / 64 == 1;
+          expect(own_row ? std::isnan(out.get(i)) : out.get(i) == ordinary[v].get(i),
+                 c.name(runnable[v]) + ": a NaN row poisons itself and nothing else");
+        }
+      }
+    }
+  }
+}
+
+void test_many_tokens_in_chunks() {
+  Case c;
+  c.shape = {9000, 32, 32, 5, 2};
+  c.dtype = Dtype::kBf16;
+  check_moe_mlp(c);
+}
+
+struct GroupedCase {
+  Format format = Format::kNvfp4;
+  Dtype x_dtype = Dtype::kF32, out_dtype = Dtype::kF32;
+  int64_t rows, n, k, experts;
+  std::vector<int32_t> sizes;
+  int64_t offset = 0;
+  Grid grid = Grid::kOrdinary;
+};
+
+void check_grouped(const GroupedCase& c, const std::string& label) {
+  Random random(5);
+  const reference::Weights w =
+      reference::random_weights(c.format, c.experts, c.n, c.k, c.grid, random);
+  const std::vector<uint8_t> packed = w.pack(false);
+  std::vector<float> bias;
+  for (int64_t i = 0; i < c.experts * c.n; ++i)
+    bias.push_back(static_cast<float>(reference::uniform(random, -1, 1)));
+  Buffer x(c.x_dtype, c.rows * c.k);
+  for (int64_t i = 0; i < c.rows * c.k; ++i)
+    x.set(i, static_cast<float>(reference::uniform(random, -1, 1)));
+  std::vector<double> want(c.rows * c.n, 0.0);
+  int64_t row = 0;
+  for (size_t g = 0; g < c.sizes.size(); ++g) {
+    for (int32_t i = 0; i < c.sizes[g] && row < c.rows; ++i, ++row) {
+      const int64_t e = static_cast<int64_t>(g) - c.offset;
+      if (e < 0 || e >= c.experts) continue;
+      for (int64_t n = 0; n < c.n; ++n) {
+        double sum = bias[e * c.n + n];
+        for (int64_t k = 0; k < c.k; ++k) sum += w.value(e, n, k) * x.get(row * c.k + k);
+        want[row * c.n + n] = sum;
+      }
+    }
+  }
+  ThreadPool pool(3);
+  for (const Kind& kind : runnable) {
+    const auto run = [&](Executor* executor) {
+      Buffer out(c.out_dtype, c.rows * c.n);
+      GroupedMatmulArgs args;
+      args.kernels = kind.table;
+      args.format = c.format;
+      args.x_dtype = c.x_dtype;
+      args.out_dtype = c.out_dtype;
+      args.rows = c.rows;
+      args.n = c.n;
+      args.k = c.k;
+      args.num_experts = c.experts;
+      args.num_groups = static_cast<int64_t>(c.sizes.size());
+      args.group_offset = c.offset;
+      args.x = x.data();
+      args.w = packed.data();
+      args.w_global = w.global.data();
+      args.bias = bias.data();
+      args.group_sizes = c.sizes.data();
+      args.out = out.data();
+      expect(grouped_matmul(args, executor), label + ": scratch memory");
+      return out;
+    };
+    const Buffer out = run(nullptr);
+    const double limit = c.out_dtype == Dtype::kF32 ? 3e-6 : 4e-3;
+    expect_below(reference::relative_error(out.values(c.rows * c.n), want), limit,
+                 label + " " + kind.label);
+    for (int64_t i = 0; i < c.rows * c.n; ++i) {
+      if (want[i] == 0) expect(out.get(i) == 0, label + ": rows without a group are zero");
+    }
+    expect(same_bits(out, run(&pool)), label + ": the same bits for 1 and 3 threads");
+  }
+}
+
+void test_grouped_matmul() {
+  for (const Format format : {Format::kNvfp4, Format::kMxfp4}) {
+    for (const Dtype x : {Dtype::kF32, Dtype::kBf16}) {
+      for (const Dtype out : {Dtype::kF32, Dtype::kBf16}) {
+        check_grouped({format, x, out, 50, 40, 96, 4, {3, 0, 20, 17}}, "grouped_matmul");
+      }
+    }
+    check_grouped({format, Dtype::kF32, Dtype::kF32, 300, 33, 64, 2, {280, 5}},
+                  "grouped_matmul large group");
+    check_grouped({format, Dtype::kF32, Dtype::kF32, 20, 7, 32, 2, {4, 5, 6, 2}, 1},
+                  "grouped_matmul offset");
+    check_grouped({format, Dtype::kF32, Dtype::kF32, 20, 7, 32, 2, {4, 5, 6, 2}, -1},
+                  "grouped_matmul offset -1");
+    check_grouped({format, Dtype::kF32, Dtype::kF32, 20, 7, 32, 2, {4, 5}, 100},
+                  "grouped_matmul offset 100");
+    check_grouped({format, Dtype::kF32, Dtype::kF32, 10, 32, 64, 3, {-5, 2000000000, 2000000000}},
+                  "grouped_matmul nonsense sizes");
+    check_grouped({format, Dtype::kF32, Dtype::kF32, 0, 32, 64, 3, {0, 0, 0}},
+                  "grouped_matmul no rows");
+    check_grouped({format, Dtype::kF32, Dtype::kF32, 4, 32, 64, 3, {}}, "grouped_matmul no groups");
+  }
+}
+
+// Each scale of each format, element by element: x is a unit vector, so that a product is one
+// weight. Weights below f32's normal range may be flushed.
+void test_every_scale() {
+  for (const Format format : {Format::kNvfp4, Format::kMxfp4}) {
+    const int block = format == Format::kNvfp4 ? 16 : 32;
+    for (int byte = 0; byte < 256; ++byte) {
+      if (format == Format::kNvfp4 ? (byte & 0x7f) == 0x7f : byte == 255) continue;  // NaN
+      reference::Weights w = {format, 1, 32, block, {}, {}, {1.0f}};
+      for (int i = 0; i < 32 * block; ++i)
+        w.codes.push_back(static_cast<uint8_t>((i + i / block) % 16));
+      w.scales.assign(32, static_cast<uint8_t>(byte));
+      const std::vector<uint8_t> packed = w.pack(false);
+      for (const int64_t rows : {1, 16}) {
+        for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+          Buffer x(dtype, rows * block);
+          for (int64_t i = 0; i < rows * block; ++i) x.set(i, i % block == i / block ? 1.0f : 0.0f);
+          const std::vector<int32_t> sizes = {static_cast<int32_t>(rows)};
+          for (const Kind& kind : runnable) {
+            Buffer out(Dtype::kF32, rows * 32);
+            GroupedMatmulArgs args;
+            args.kernels = kind.table;
+            args.format = format;
+            args.x_dtype = dtype;
+            args.rows = rows;
+            args.n = 32;
+            args.k = block;
+            args.num_experts = args.num_groups = 1;
+            args.x = x.data();
+            args.w = packed.data();
+            args.w_global = w.global.data();
+            args.group_sizes = sizes.data();
+            args.out = out.data();
+            expect(grouped_matmul(args, nullptr), "scratch memory");
+            for (int64_t r = 0; r < rows; ++r) {
+              for (int64_t n = 0; n < 32; ++n) {
+                const double want = w.value(0, n, r), got = out.get(r * 32 + n);
+                // An infinity times the zeros of x would be NaN; f32 has nothing above 2^128.
+                if (std::abs(want) >= std::ldexp(1.0, 128) || std::isnan(got)) continue;
+                const bool flushed = std::abs(want) < std::ldexp(1.0, -126) && got == 0;
+                expect(got == want || flushed, kind.label + " " + format_name(format) +
+                                                   " scale byte " + std::to_string(byte) +
+                                                   ": got " + std::to_string(got) + ", want " +
+                                                   std::to_string(want));
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// A pool that runs helpers at once and in line, one that never runs them before the job is over,
+// and many callers.
+class InlineExecutor : public Executor {
+ public:
+  int num_threads() const override { return 4; }
+  void schedule(std::function<void()> task) override { task(); }
+};
+class LateExecutor : public Executor {
+ public:
+  int num_threads() const override { return 4; }
+  void schedule(std::function<void()> task) override { late_.push_back(std::move(task)); }
+  void run_late() {
+    for (const auto& task : late_) task();
+  }
+
+ private:
+  std::vector<std::function<void()>> late_;
+};
+
+void test_executors() {
+  Case c;
+  c.shape = {33, 256, 96, 4, 2};
+  Layer layer(c);
+  const Kind& kind = runnable.front();
+  const Buffer want = layer.run(kind, nullptr);
+  InlineExecutor in_line;
+  expect(same_bits(want, layer.run(kind, &in_line)), "helpers run in line");
+  LateExecutor late;
+  expect(same_bits(want, layer.run(kind, &late)), "helpers that come too late");
+  late.run_late();
+  ThreadPool pool(4);
+  std::vector<std::thread> callers;
+  std::atomic<int> different{0};
+  for (int i = 0; i < 4; ++i) {
+    callers.emplace_back([&] {
+      for (int rep = 0; rep < 20; ++rep) {
+        // A caller has operands of its own: `run` writes to its buffers only.
+        Layer own(c);
+        if (!same_bits(want, own.run(kind, &pool))) ++different;
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  expect(different == 0, "concurrent callers of one pool");
+}
+
+}  // namespace
+}  // namespace jaxmoe::cpu
+
+int main() {
+  using namespace jaxmoe::cpu;
+  for (const Variant variant : built_variants()) {
+    const std::string reason = why_not(variant);
+    std::printf("%s\n", reason.empty() ? variant_name(variant) : ("left out: " + reason).c_str());
+    if (reason.empty()) runnable.push_back({variant_name(variant), kernels(variant)});
+  }
+#if defined(__x86_64__)
+  if (why_not(Variant::kAvx512Bf16).empty())
+    runnable.push_back({"cpu_amx (model)", &amx_model_kernels()});
+#endif
+  const std::pair<const char*, void (*)()> tests[] = {
+      {"activations", &test_activations},
+      {"shapes", &test_shapes},
+      {"routings", &test_routings},
+      {"exact", &test_exact},
+      {"extremes", &test_extremes},
+      {"chunks", &test_many_tokens_in_chunks},
+      {"grouped_matmul", &test_grouped_matmul},
+      {"every_scale", &test_every_scale},
+      {"executors", &test_executors},
+  };
+  for (const auto& [name, test] : tests) {
+    const int before = checks;
+    test();
+    std::printf("%-16s %d checks\n", name, checks - before);
+    std::fflush(stdout);
+  }
+  std::printf("%d checks, %d failed\n", checks, failures);
+  return failures == 0 ? 0 : 1;
+}
