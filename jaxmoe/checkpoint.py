@@ -154,7 +154,7 @@ def save(
     end = 0
     for name in names:
         array = arrays[name]
-        checksum = zlib.crc32(_host(array), checksum)
+        checksum = zlib.crc32(_host(array).data, checksum)
         start, end = end, end + math.prod(array.shape) * np.dtype(array.dtype).itemsize
         header[name] = {
             "dtype": _NAMES[np.dtype(array.dtype)],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ class Attention(nnx.Module):
         self,
         config: DecoderConfig,
         *,
-        attention: str | None,
+        attention: Literal["xla", "cudnn"] | None,
         dtype: Any,
         param_dtype: Any,
         rngs: Any,
@@ -106,7 +106,7 @@ class Attention(nnx.Module):
         q = self.query(x).reshape(b, t, c.num_heads, c.head_dim)
         k = self.key(x).reshape(b, t, c.num_kv_heads, c.head_dim)
         v = self.value(x).reshape(b, t, c.num_kv_heads, c.head_dim)
-        if self.query_norm is not None:
+        if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         start = 0 if cache is None else cache[2]
         position = start + jnp.arange(t, dtype=jnp.int32)
@@ -137,7 +137,7 @@ class Block(nnx.Module):
         config: DecoderConfig,
         *,
         weight_format: str,
-        attention: str | None,
+        attention: Literal["xla", "cudnn"] | None,
         dtype: Any,
         param_dtype: Any,
         rngs: Any,
@@ -194,7 +194,7 @@ class Decoder(nnx.Module):
         config: DecoderConfig,
         *,
         weight_format: str = "bf16",
-        attention: str | None = None,
+        attention: Literal["xla", "cudnn"] | None = None,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ def load(
     *,
     experts: str | os.PathLike[str] | None = None,
     dtype: Any = None,
-    attention: str | None = None,
+    attention: Literal["xla", "cudnn"] | None = None,
 ) -> Decoder:
     """Reads a model from a folder that `save` wrote.
 
@@ -195,7 +195,7 @@ def load(
                 f"tensor {name!r} must be {type(expected).__name__} of shape "
                 f"{tuple(expected.shape)}, got {type(value).__name__} of {tuple(value.shape)}",
             )
-        if not expert:
+        if not expert and isinstance(value, jax.Array):
             value = value.astype(dtype)
         filled[path] = _assign(variable, value)
     for expert, rest in tensors.items():
