@@ -149,7 +149,8 @@ def round_quotient(
 
     Args:
         x: f32 magnitudes, normal or 0.
-        multiple: int32, 0 to 2^18; 0 gives code 0.
+        multiple: int32 >= 0, up to 2^18 for e2m1 and 32 for e4m3, so that its product with twice a
+            value stays below 2^24; 0 gives code 0.
         unit: f32 in [2^-121, 2^117].
         codec: of the quotient.
     """

@@ -326,7 +326,7 @@ def unpack_e2m1(packed: jax.Array) -> jax.Array:
 def dequantize(q: QuantizedTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """The values of a quantised tensor: `(element * scale) * global_scale` in f32, then `dtype`.
 
-    >>> dequantize(quantize(jnp.full((1, 16), 3.0), "nvfp4"))[0, 0]
+    >>> dequantize(quantize(jnp.full((1, 32), 3.0), "mxfp4"))[0, 0]
     Array(3., dtype=float32)
 
     `element * scale` is exact in f32 (and in bf16 as long as it is in range), so that a value is
@@ -368,7 +368,7 @@ def _times_scale(value: jax.Array, scale: jax.Array) -> jax.Array:
 def fake_quantize(x: jax.Array, format: str | Format) -> jax.Array:
     """Rounds `x` to what `format` can hold; its gradient is that of the identity.
 
-    >>> fake_quantize(jnp.linspace(0.0, 6.0, 16).reshape(1, 16), "mxfp8").dtype
+    >>> fake_quantize(jnp.linspace(0.0, 6.0, 32).reshape(1, 32), "mxfp8").dtype
     dtype('float32')
 
     For quantisation-aware training: the forward pass is `dequantize(quantize(x, format))`, the

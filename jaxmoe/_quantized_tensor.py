@@ -346,5 +346,6 @@ def _scale_facts(q: QuantizedTensor) -> list[tuple[str, jax.Array, int, str]]:
 
 @jax.jit
 def _zero_scale_of_nonzero_block(q: QuantizedTensor, bits: jax.Array) -> jax.Array:
-    magnitude = q.packed() & 0x77
-    return (bits == 0) & (magnitude.reshape(*bits.shape, -1) != 0).any(-1)
+    assert q.format.block_size is not None
+    magnitude = (q.packed() & 0x77).reshape(*bits.shape, q.format.block_size // 2)
+    return (bits == 0) & (magnitude != 0).any(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -85,7 +86,8 @@ def from_qarray(array: Any, format: str | Format) -> QuantizedTensor:
     scales = _split(scale, format)
     if scales is None:
         raise ValueError(f"array.scale: has values that {format} cannot hold exactly; {way_out}.")
-    return QuantizedTensor.create(format, array.qvalue, *scales, name="array")
+    q = QuantizedTensor.create(format, array.qvalue, *scales, name="array")
+    return replace(q, data=q.packed()) if format.is_fp4 else q
 
 
 def _split(scale: np.ndarray, format: Format) -> tuple[Any, Any] | None:

@@ -140,14 +140,16 @@ def _join_at(
     new = dequantize(joined)
     # The comparison sees rounded values; a compiler may contract the difference alone.
     change = jnp.where(new == old, 0.0, jnp.abs(new - old))
-    blocks = (-1, gate.format.block_size or old.size)
-    largest = jnp.abs(old).reshape(blocks).max(-1)
-    error = (change.reshape(blocks).max(-1) / jnp.where(largest > 0, largest, 1.0)).max()
+    block = gate.format.block_size or old.size
+    blocks = (old.size // max(block, 1), block)
+    largest = jnp.abs(old).reshape(blocks).max(-1, initial=0)
+    error = change.reshape(blocks).max(-1, initial=0) / jnp.where(largest > 0, largest, 1.0)
     # Relative to the largest weight, so that no square under- or overflows.
-    unit = jnp.where(largest.max() > 0, largest.max(), 1.0)
+    unit = largest.max(initial=0)
+    unit = jnp.where(unit > 0, unit, 1.0)
     norm = jnp.sqrt(jnp.square(old / unit).sum())
     l2 = jnp.sqrt(jnp.square(change / unit).sum()) / jnp.where(norm > 0, norm, 1.0)
-    return joined, UnifyReport(error, l2)
+    return joined, UnifyReport(error.max(initial=0), l2)
 
 
 def _rescale(q: QuantizedTensor, target: jax.Array) -> QuantizedTensor:
@@ -162,8 +164,11 @@ def _rescale(q: QuantizedTensor, target: jax.Array) -> QuantizedTensor:
     kept = QuantizedTensor(
         q.packed(), lax.bitcast_convert_type(code, q.format.scale), new.global_scale, q.format
     )
-    same = (dequantize(kept) == old).reshape(*code.shape, -1).all(-1, keepdims=True)
-    bytes_of = (*code.shape, -1)
+    assert q.format.block_size is not None
+    same = (
+        (dequantize(kept) == old).reshape(*code.shape, q.format.block_size).all(-1, keepdims=True)
+    )
+    bytes_of = (*code.shape, q.format.block_size // 2)
     data = jnp.where(same, kept.packed().reshape(bytes_of), new.packed().reshape(bytes_of))
     bits = jnp.where(same[..., 0], code, lax.bitcast_convert_type(new.scale, jnp.uint8))
     scale = lax.bitcast_convert_type(bits, q.format.scale)
