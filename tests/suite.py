@@ -24,8 +24,9 @@ IMPLEMENTATIONS = (
 NATIVE = IMPLEMENTATIONS[1:]
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-every_fp4 = pytest.mark.parametrize("weight_format", ["nvfp4", "mxfp4"])
+DTYPES, FORMATS = ("float32", "bfloat16"), ("nvfp4", "mxfp4")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+every_fp4 = pytest.mark.parametrize("weight_format", FORMATS)
 
 # Relative L2 against float64. float32: rounding of the sums. bfloat16: rounding of the activation's
 # output and of the result, 2^-9 at most and about 2^-10.3 on average each.
@@ -54,26 +55,45 @@ def require(implementation: str, dtype: str = "bfloat16", op: str = "moe_mlp") -
         pytest.skip(reason)
 
 
-@functools.cache
-def compiled(
-    activation: Any, weight_on_input: bool, implementation: Any, static_offset: int | None = None
-):
-    """jit of moe_mlp as f(x, experts, expert_ids, weights, expert_offset)."""
+def widest_dtype(implementation: str, wanted: str = "float32", op: str = "moe_mlp") -> str:
+    """`wanted`, or bfloat16 for the variants that take nothing else; skips as `require` does."""
+    dtype = wanted if refusal(implementation, wanted, op) is None else "bfloat16"
+    require(implementation, dtype, op)
+    return dtype
 
-    def call(x, experts, expert_ids, weights, expert_offset):
+
+@functools.cache
+def compiled(activation_name: str, weight_on_input: bool, implementation: Any):
+    """jit of moe_mlp as f(x, experts, expert_ids, weights, expert_offset, params).
+
+    Offset and activation parameters are arguments, so that one compilation serves many problems.
+    """
+
+    def call(x, experts, expert_ids, weights, expert_offset, params):
         return jaxmoe.moe_mlp(
-            x, experts, expert_ids, weights, activation=activation,
-            expert_offset=expert_offset if static_offset is None else static_offset,
-            weight_on_input=weight_on_input, implementation=implementation,
+            x, experts, expert_ids, weights,
+            activation=jaxmoe.activations.ACTIVATIONS[activation_name](*params),
+            expert_offset=expert_offset, weight_on_input=weight_on_input,
+            implementation=implementation,
         )  # fmt: skip
 
     return jax.jit(call)
 
 
-def run(problem: Problem, implementation: Any) -> np.ndarray:
-    """moe_mlp on a problem, compiled; checks shape and dtype of the answer."""
-    call = compiled(problem.activation(), problem.spec.weight_on_input, implementation)
-    y = call(*problem.call_args(), jnp.int32(problem.spec.expert_offset))
+def run(problem: Problem, implementation: Any, experts: Any = None) -> np.ndarray:
+    """moe_mlp on a problem, compiled; checks shape and dtype of the answer.
+
+    experts: prepared ones, say, in place of the problem's canonical ones.
+    """
+    spec, (x, canonical, ids, weights) = problem.spec, problem.call_args()
+    y = compiled(spec.activation_name, spec.weight_on_input, implementation)(
+        x,
+        canonical if experts is None else experts,
+        ids,
+        weights,
+        jnp.int32(spec.expert_offset),
+        tuple(jnp.asarray(p, jnp.float32) for p in problem.params),
+    )
     assert y.shape == problem.x.shape
     assert y.dtype == problem.x.dtype
     return np.asarray(y)
@@ -124,7 +144,7 @@ def assert_matches(got: np.ndarray, pairs: np.ndarray, tolerance: float) -> None
     """
     got, want = np.asarray(got).astype(np.float64), pairs.sum(1)
     assert np.isfinite(got).all(), f"not finite at {np.argwhere(~np.isfinite(got))[:5].tolist()}"
-    sizes = np.sqrt((pairs**2).sum((1, 2)))
+    sizes = np.maximum(np.sqrt((pairs**2).sum((1, 2))), np.linalg.norm(want, axis=1))
     errors = np.linalg.norm(got - want, axis=1)
     bad = errors > 4 * tolerance * sizes
     shares = (errors / np.maximum(sizes, 1e-300))[bad][:8]

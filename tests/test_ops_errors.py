@@ -134,7 +134,7 @@ BAD = {
         change_matrix("down", "data", lambda d: d[..., :-4]),
         ("down", "16", "56"),
     ),
-    "block_scale_nan": (block_scale(jnp.nan), ("down", "scale", "NaN")),
+    "block_scale_nan": (block_scale(jnp.nan), ("down", "scale", "finite")),
     "block_scale_zero": (block_scale(0.0), ("down", "scale", "0")),
     "block_scale_negative": (block_scale(-1.0), ("down", "scale", "negative")),
     "global_scale_nan": (global_scale(jnp.nan), ("gate_up", "global_scale")),
