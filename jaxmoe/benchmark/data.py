@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -122,29 +123,42 @@ def _expert(w: Matrix, expert: int) -> np.ndarray:
     """`f64[N, K]`, exactly what the bits say."""
     index = jnp.array([expert], jnp.int32)
     part: Any = panel.unpack(w, index) if isinstance(w, PreparedMatrix) else w[index]
-    return np.asarray(dequantize(part)[0], np.float64)
+    if part.global_scale is None:
+        return np.asarray(dequantize(part)[0], np.float64)
+    # Element times block scale is exact in float32; times the global scale only in float64.
+    unscaled = dataclasses.replace(part, global_scale=jnp.ones_like(part.global_scale))
+    return np.asarray(dequantize(unscaled)[0], np.float64) * float(part.global_scale[0])
 
 
-def relative_error(
-    y: jax.Array, experts: ExpertWeights, tokens: tuple[jax.Array, ...], *, sample: int = 4
-) -> float:
-    """Relative L2 distance of `y[T, H]` from the layer computed in float64.
+def reference(experts: ExpertWeights, tokens: tuple[jax.Array, ...], rows: Any) -> np.ndarray:
+    """`f64[len(rows), H]`: the layer in float64 for some of the tokens.
 
     Args:
-      y: a result.
       experts: weights, canonical or in layout `panel32`.
       tokens: what `random_tokens` gave.
-      sample: how many tokens, spread evenly, are computed.
+      rows: which tokens.
     """
     x, ids, weights = (np.asarray(a) for a in tokens)
-    rows = np.unique(np.linspace(0, len(x) - 1, sample).astype(int))
-    expected = np.zeros((len(rows), x.shape[1]))
+    y = np.zeros((len(rows), x.shape[1]))
     for e in np.unique(ids[rows]):
         gate_up, down = _expert(experts.gate_up, int(e)), _expert(experts.down, int(e))
         for place, row in enumerate(rows):
             for j in np.nonzero(ids[row] == e)[0]:
                 gate, up = np.split(gate_up @ x[row].astype(np.float64), 2)
                 h = gate / (1 + np.exp(-gate)) * up
-                expected[place] += float(weights[row, j]) * (down @ h)
-    difference = np.asarray(y)[rows].astype(np.float64) - expected
+                y[place] += float(weights[row, j]) * (down @ h)
+    return y
+
+
+def distance(y: Any, expected: np.ndarray) -> float:
+    """Relative L2 distance."""
+    difference = np.asarray(y).astype(np.float64) - expected
     return float(np.linalg.norm(difference) / np.linalg.norm(expected))
+
+
+def relative_error(
+    y: jax.Array, experts: ExpertWeights, tokens: tuple[jax.Array, ...], *, sample: int = 4
+) -> float:
+    """Relative L2 distance of `y[T, H]` from `reference`, on `sample` tokens spread evenly."""
+    rows = np.unique(np.linspace(0, len(y) - 1, sample).astype(int))
+    return distance(np.asarray(y)[rows], reference(experts, tokens, rows))

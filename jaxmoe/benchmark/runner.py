@@ -215,8 +215,8 @@ def _weights(
     if left < native * one:
         raise MemoryLimitError(
             f"{layer.name} in {weight_format} needs {one * len(layouts) / _GIB:.1f} GiB for one "
-            f"set of weights in each layout ({', '.join(layouts)}), and {memory_limit / _GIB:.1f} GiB "
-            "are allowed: raise the limit, or measure fewer implementations at once"
+            f"set of weights in each layout ({', '.join(layouts)}), and {memory_limit / _GIB:.1f} "
+            "GiB are allowed: raise the limit, or measure fewer implementations at once"
         )
     touched = layer.expert_bytes(weight_format) * _expected_experts(layer, tokens)
     wanted = math.ceil(2 * machine.cache_bytes / touched)

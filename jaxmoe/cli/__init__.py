@@ -18,9 +18,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         from jaxmoe.cli._app import run
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("typer", "rich"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich"):
             raise
-        sys.exit(
-            f"jaxmoe: the command line needs the package {error.name}: pip install 'jaxmoe[cli]'"
-        )
+        sys.exit(f"jaxmoe: the command line needs the package {package}: pip install 'jaxmoe[cli]'")
     run(args)

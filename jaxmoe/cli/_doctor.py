@@ -17,12 +17,13 @@ import typer
 
 import jaxmoe
 from jaxmoe import kernels
-from jaxmoe.benchmark.data import random_experts, random_tokens, relative_error
+from jaxmoe.benchmark.data import distance, random_experts, random_tokens, reference
 from jaxmoe.benchmark.layers import TINY
 from jaxmoe.capability import TABLE, Problem, Row, check_manifest
 from jaxmoe.cli._console import out, say, table
 from jaxmoe.cli._explain import find_target, try_resolve
-from jaxmoe.kernels import cpu
+from jaxmoe.experts import ExpertWeights
+from jaxmoe.kernels import cpu, panel
 
 PACKAGES = ("jax", "jaxlib", "numpy", "ml_dtypes", "flax", "safetensors", "typer", "rich")
 
@@ -173,18 +174,11 @@ def _numbers(row: Row) -> tuple[bool | None, str]:
     worst: dict[str, float] = {}
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         for weight_format in ("nvfp4", "mxfp4"):
-            experts = random_experts(TINY, weight_format, row.layout, seed=1)
-            for dtype in TOLERANCE.keys() & row.activation_dtypes:
+            for dtype in sorted(TOLERANCE.keys() & row.activation_dtypes):
                 for tokens in (1, 19):
-                    x, ids, weights = random_tokens(TINY, tokens, dtype, seed=2)
-                    y, reference = (
-                        jaxmoe.moe_mlp(x, w, ids, weights, implementation=name)
-                        for w, name in ((experts, row.variant), _for_xla(experts))
-                    )
-                    errors = (
-                        relative_error(y, experts, (x, ids, weights), sample=tokens),
-                        _distance(y, reference),
-                    )
+                    case = _case(weight_format, dtype, tokens)
+                    y = case.by_xla if row.platform is None else case.run(row.variant)
+                    errors = (distance(y, case.exact), distance(y, np.asarray(case.by_xla, float)))
                     worst[dtype] = max(worst.get(dtype, 0.0), *errors)
     right = all(error <= TOLERANCE[dtype] for dtype, error in worst.items())
     text = ", ".join(
@@ -193,23 +187,40 @@ def _numbers(row: Row) -> tuple[bool | None, str]:
     return right, f"relative error against float64 and xla: {text}"
 
 
-def _for_xla(experts: Any) -> tuple[Any, str]:
-    """The same weights in canonical form, which is what the xla kernels read."""
-    from jaxmoe.experts import PreparedMatrix
-    from jaxmoe.kernels import panel
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """A small layer with its input and results that a kernel's must agree with."""
 
-    def canonical(w: Any) -> Any:
-        if not isinstance(w, PreparedMatrix):
-            return w
-        return panel.unpack(w, jnp.arange(w.shape[0], dtype=jnp.int32))
+    experts: ExpertWeights  # in layout panel32
+    tokens: tuple[jax.Array, ...]
+    by_xla: jax.Array
+    exact: np.ndarray
 
-    matrices = {name: canonical(getattr(experts, name)) for name in ("gate_up", "down")}
-    return dataclasses.replace(experts, **matrices), "xla"
+    def run(self, variant: str) -> jax.Array:
+        return _run(self.experts, self.tokens, variant)
 
 
-def _distance(y: jax.Array, reference: jax.Array) -> float:
-    a, b = (np.asarray(v).astype(np.float64) for v in (y, reference))
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+@functools.cache
+def _case(weight_format: str, dtype: str, tokens: int) -> _Case:
+    experts = random_experts(TINY, weight_format, panel.NAME, seed=1)
+    inputs = random_tokens(TINY, tokens, dtype, seed=2)
+    by_xla = _run(_canonical(experts), inputs, "xla")
+    return _Case(experts, inputs, by_xla, reference(experts, inputs, np.arange(tokens)))
+
+
+def _canonical(experts: ExpertWeights) -> ExpertWeights:
+    """The same weights as the xla kernels read them."""
+    everyone = jnp.arange(experts.num_experts, dtype=jnp.int32)
+    matrices = {
+        name: panel.unpack(getattr(experts, name), everyone) for name in ("gate_up", "down")
+    }
+    return dataclasses.replace(experts, **matrices)
+
+
+def _run(experts: ExpertWeights, tokens: tuple[jax.Array, ...], variant: str) -> jax.Array:
+    x, ids, weights = tokens
+    call = functools.partial(jaxmoe.moe_mlp, implementation=variant)
+    return jax.jit(call)(x, experts, ids, weights)
 
 
 def _print(report: dict[str, Any], checks: Sequence[Check], healthy: bool) -> None:

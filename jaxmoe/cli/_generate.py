@@ -75,7 +75,7 @@ def generate(
     with jaxmoe.override(implementation=implementation):
         with console.status(f"reading {folder.name} in {weight_format}"):
             model = models.load(folder, weight_format)
-            resolution = model.layers[0].moe.explain(model.dtype)
+            resolution = _first_layer(model).explain(model.dtype)
             if resolution.layout != "canonical":
                 model = need("jaxmoe.nn", "cli").prepare(model, resolution.selected)
         options = {"sampling": sampling, "seed": seed, "stride": STRIDE}
@@ -89,6 +89,15 @@ def generate(
         clock = Clock()
         _write(prompt, clock.watch(parts))
     _report(console, resolution, clock, len(prompt.encode()) or 1, compiled)
+
+
+def _first_layer(model: Any) -> Any:
+    """A MoE layer of the model; all of them have one shape, and so one kernel."""
+    from flax import nnx
+
+    from jaxmoe.nn import MoE
+
+    return next(node for _, node in nnx.iter_graph(model) if isinstance(node, MoE))
 
 
 def _write(prompt: str, parts: Iterable[bytes]) -> None:
@@ -114,18 +123,18 @@ def _report(
         if rate is not None
     ] or ["the text is too short to tell the speed"]
     say(console, f"{', '.join(speed)}; {new} new tokens; compiled in {compiled:.1f} s", "bold")
-    say(console, f"kernel: {why(resolution)}")
+    say(console, why(resolution))
 
 
 def why(resolution: Resolution) -> str:
-    """One line: what ran, who chose it, and what would have been preferred but could not."""
+    """What ran, who chose it, and what would have been preferred but could not run."""
     place = {row.variant: i for i, row in enumerate(TABLE)}
     platforms = {row.variant: row.platform for row in TABLE}
     selected = str(resolution.selected)
     by = "the best that can run here" if resolution.selected_by == "auto" else "as requested"
     better = [
-        f"not {r.variant}: {r.detail}"
+        f"  not {r.variant}: {r.detail}"
         for r in resolution.rejected
         if place[r.variant] < place[selected] and platforms[r.variant] == resolution.target.platform
     ]
-    return "; ".join([f"{selected} ({resolution.compute}), {by}", *better])
+    return "\n".join([f"kernel: {selected} ({resolution.compute}), {by}", *better])
