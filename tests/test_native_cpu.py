@@ -1,7 +1,7 @@
-"""The CPU library's FFI handlers, called directly: no Python check of jaxmoe stands between these tests and C++.
+"""The CPU library's FFI handlers, called directly, past every check that jaxmoe makes in Python.
 
-The reference and the weight packer are this file's own, in NumPy float64 from the format definitions, so that an error
-shared by the library's packer and kernels cannot hide.
+The reference and the weight packer are this file's own, in NumPy float64 from the format
+definitions, so that an error shared by the library's packer and kernels cannot hide.
 """
 
 import math
@@ -37,8 +37,8 @@ GATED = {
     "identity": False,
 }
 PARAMS = {"swiglu": (1.702, 1.0, 7.0), "swiglu_step": (7.0,), "situ": (4.0, 25.0)}
-# Measured floors of the relative L2 error, with some room: f32 sums everywhere; bf16 output rounding is 1.7e-3.
-TOLERANCE = {"float32": 2e-6, "bfloat16": 3e-3}
+# Measured relative L2 errors, with some room: 3e-7 for f32; bf16 output rounding is 1.7e-3.
+TOLERANCE = {"float32": 1e-6, "bfloat16": 3e-3}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,7 +54,7 @@ def _targets():
 
 
 class Weights:
-    """Random packed weights [E, N, K]: nibbles, scale bytes and global scales, with their float64 values."""
+    """Random weights [E, N, K] as codes, scale bytes and global scales."""
 
     def __init__(self, rng, experts, n, k, fmt, exact=False):
         block = BLOCK[fmt]
@@ -90,7 +90,7 @@ class Weights:
 
 
 def pack_panel32(codes, scales, block, gated):
-    """One expert: codes [N, K] and scale bytes [N, K / block] to bytes, lane by lane from the layout's definition."""
+    """Packs one expert, codes [N, K] and scale bytes [N, K / block], from panel32's definition."""
     n, k = codes.shape
     if gated:
         half = n // 2
@@ -187,7 +187,11 @@ class Layer:
         self.gate_up = Weights(rng, experts, rows, hidden, fmt, exact)
         self.down = Weights(rng, experts, hidden, intermediate, fmt, exact)
         if exact:
-            x = rng.integers(-2, 3, (tokens, hidden)).astype(np.float32)
+            # One power of two a row: activations are single weights, which bf16 holds exactly.
+            x = np.zeros((tokens, hidden), np.float32)
+            x[np.arange(tokens), rng.integers(0, hidden, tokens)] = rng.choice(
+                [-2, -1, 1, 2], tokens
+            )
         else:
             # Products of order one, where activations bend.
             spread = np.sqrt((self.gate_up.values() ** 2).mean() * hidden)
@@ -200,17 +204,8 @@ class Layer:
         self.params = (
             params[:, None] * variation if params.size else np.zeros((0, experts), np.float32)
         )
-        self.expert_ids = (
-            np.stack(
-                [rng.permutation(experts)[:top_k] for _ in range(tokens)]
-                or [np.zeros(top_k, np.int64)][:0]
-            )
-            .reshape(tokens, top_k)
-            .astype(np.int32)
-            + offset
-            if tokens
-            else np.zeros((0, top_k), np.int32)
-        )
+        ids = [rng.permutation(experts)[:top_k] for _ in range(tokens)]
+        self.expert_ids = np.array(ids, np.int32).reshape(tokens, top_k) + np.int32(offset)
         self.weights = rng.uniform(0.1, 1, (tokens, top_k)).astype(np.float32)
         if exact:
             self.weights[:] = 0.5
@@ -315,3 +310,256 @@ def test_moe_mlp_matches_float64(variant, dtype, fmt, tokens):
 def test_activations(variant, activation):
     layer = Layer(tokens=9, activation=activation, fmt="mxfp4")
     assert relative_error(layer.run(variant), layer.reference()) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(("variant", "dtype"), CASES)
+@pytest.mark.parametrize("fmt", BLOCK)
+def test_exact_grid_is_exact(variant, dtype, fmt):
+    layer = Layer(tokens=33, fmt=fmt, dtype=dtype, activation="relu", exact=True, bias=False)
+    want = layer.reference().astype(layer.x.dtype).astype(np.float64)
+    np.testing.assert_array_equal(layer.run(variant).astype(np.float64), want)
+
+
+@pytest.mark.parametrize("variant", RUNNABLE)
+def test_expert_shards_add_up(variant):
+    whole = Layer(tokens=20, dtype="bfloat16", experts=6, bias=False)
+    total = np.zeros((whole.tokens, whole.hidden))
+    for first in (0, 2, 4):
+        shard = Layer(tokens=20, dtype="bfloat16", experts=6, bias=False)
+        shard.experts, shard.offset = 2, first
+        for weights in (shard.gate_up, shard.down):
+            weights.codes = weights.codes[first : first + 2]
+            weights.scale_bytes = weights.scale_bytes[first : first + 2]
+            weights.global_scale = weights.global_scale[first : first + 2]
+        shard.params = shard.params[:, first : first + 2]
+        assert relative_error(shard.run(variant), shard.reference()) < TOLERANCE["bfloat16"]
+        total += shard.run(variant)
+    assert relative_error(total, whole.reference()) < 2 * TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize("variant", RUNNABLE)
+def test_no_local_expert_and_no_tokens(variant):
+    layer = Layer(tokens=3, dtype="bfloat16")
+    far = layer.run(variant, operands={"expert_offset": np.int32(1000)})
+    assert (far.astype(np.float32) == 0).all()
+    assert Layer(tokens=0, dtype="bfloat16").run(variant).shape == (0, 96)
+
+
+@pytest.mark.parametrize(("variant", "dtype"), CASES)
+def test_weight_on_input(variant, dtype):
+    layer = Layer(tokens=24, top_k=1, dtype=dtype, weight_on_input=True)
+    assert relative_error(layer.run(variant), layer.reference()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("variant", RUNNABLE)
+def test_same_bits_every_time(variant):
+    layer = Layer(tokens=40, hidden=256, intermediate=128, dtype="bfloat16")
+    first = layer.run(variant)
+    for _ in range(5):
+        np.testing.assert_array_equal(layer.run(variant).view(np.uint16), first.view(np.uint16))
+
+
+def run_grouped(variant, x, weights, sizes, *, offset=0, bias=None, overrides=()):
+    """Calls the grouped_matmul handler; `overrides` replace arguments of the call by name."""
+    experts, n, k = weights.codes.shape
+    rows = x.shape[0]
+    size = _cpu.workspace_bytes(
+        "grouped_matmul",
+        rows=rows,
+        n=n,
+        k=k,
+        num_experts=experts,
+        x_dtype=str(x.dtype),
+        variant=variant,
+    )
+    operands = {
+        "x": x,
+        "w": weights.pack(False),
+        "w_global": weights.global_scale,
+        "bias": np.zeros(0, np.float32) if bias is None else bias,
+        "group_sizes": np.asarray(sizes, np.int32),
+        "group_offset": np.int32(offset),
+    }
+    attributes = {
+        "variant": variant,
+        "format": weights.format,
+        "n": np.int64(n),
+        "k": np.int64(k),
+    }
+    overrides = dict(overrides)
+    out = overrides.pop("out", jax.ShapeDtypeStruct((rows, n), x.dtype))
+    for name, value in overrides.items():
+        (operands if name in operands else attributes)[name] = value
+    work = jax.ShapeDtypeStruct((size,), jnp.uint8)
+    call = jax.ffi.ffi_call("jaxmoe_grouped_matmul_cpu_v1", (out, work))
+    return np.asarray(call(*map(jnp.asarray, operands.values()), **attributes)[0])
+
+
+@pytest.mark.parametrize(("variant", "dtype"), CASES)
+@pytest.mark.parametrize("fmt", BLOCK)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_grouped_matmul_matches_float64(variant, dtype, fmt, offset):
+    rng = np.random.default_rng(3)
+    weights = Weights(rng, 3, 40, 96, fmt)
+    sizes = [2, 20, 0, 9, 5]
+    x = rng.standard_normal((50, 96)).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    bias = rng.standard_normal((3, 40)).astype(np.float32)
+    want = np.zeros((50, 40))
+    starts = np.cumsum([0, *sizes])
+    for expert, value in enumerate(weights.values()):
+        rows = slice(starts[expert + offset], starts[expert + offset + 1])
+        want[rows] = x[rows].astype(np.float64) @ value.T + bias[expert]
+    got = run_grouped(variant, x, weights, sizes, offset=offset, bias=bias)
+    assert relative_error(got, want) < TOLERANCE[dtype]
+    assert (got[(want == 0).all(axis=1)].astype(np.float32) == 0).all()
+
+
+def test_manifest_and_features():
+    assert MANIFEST["abi"] == 1
+    assert MANIFEST["library"] == "cpu"
+    assert MANIFEST["layout"] == "panel32"
+    assert MANIFEST["formats"] == ["nvfp4", "mxfp4"]
+    assert MANIFEST["activations"] == list(GATED)
+    assert MANIFEST["ops"] == ["moe_mlp", "grouped_matmul"]
+    assert MANIFEST["variants"]["cpu_portable"]["features"] == []
+    assert "cpu_portable" in RUNNABLE
+
+
+def test_workspace_stays_bounded():
+    def size(tokens):
+        return _cpu.workspace_bytes(
+            "moe_mlp",
+            tokens=tokens,
+            hidden_size=2048,
+            intermediate_size=768,
+            num_experts=128,
+            top_k=8,
+            gated=True,
+            x_dtype="bfloat16",
+            variant="cpu_portable",
+        )
+
+    assert size(1) < size(64) < size(1024)
+    assert size(100_000) < 40 << 20
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def f32(*shape):
+    return np.ones(shape, np.float32)
+
+
+def i32(*shape):
+    return np.ones(shape, np.int32)
+
+
+# Of Layer(): T = 5, H = 96, I = 80, E = 6, k = 2, nvfp4, swiglu.
+BAD_OPERANDS = [
+    ("x", f32(5, 64), r"x must be f32\|bf16\[\*,96\], got f32\[5,64\]"),
+    ("x", f32(5, 96).astype(np.float16), r"x must be f32\|bf16\[\*,96\], got f16\[5,96\]"),
+    ("x", f32(96), r"x must be f32\|bf16\[\*,96\], got f32\[96\]"),
+    ("gate_up", np.zeros((6, 64), np.uint8), r"gate_up must be u8\[\*,11520\], got u8\[6,64\]"),
+    ("gate_up", np.zeros((6, 11520), np.int8), r"gate_up must be u8\[\*,11520\], got i8"),
+    ("gate_up", np.zeros((0, 11520), np.uint8), r"gate_up must hold at least one expert"),
+    ("gate_up_global", f32(5), r"gate_up_global must be f32\[6\], got f32\[5\]"),
+    ("down", np.zeros((5, 6912), np.uint8), r"down must be u8\[6,6912\], got u8\[5,6912\]"),
+    ("down_global", f32(6, 1), r"down_global must be f32\[6\], got f32\[6,1\]"),
+    ("gate_up_bias", f32(6, 80), r"gate_up_bias must be f32\[6,160\], got f32\[6,80\]"),
+    ("down_bias", i32(6, 96), r"down_bias must be f32\[6,96\], got i32\[6,96\]"),
+    ("activation_params", f32(2, 6), r"activation_params must be f32\[3,6\], got f32\[2,6\]"),
+    ("expert_ids", f32(5, 2), r"expert_ids must be i32\[5,\*\], got f32\[5,2\]"),
+    ("expert_ids", i32(4, 2), r"expert_ids must be i32\[5,\*\], got i32\[4,2\]"),
+    ("weights", f32(5, 3), r"weights must be f32\[5,2\], got f32\[5,3\]"),
+    ("expert_offset", i32(1), r"expert_offset must be i32\[\], got i32\[1\]"),
+]
+BAD_ATTRIBUTES = [
+    ("variant", "cpu_sse9", r"variant must be one of cpu_portable, .*, got 'cpu_sse9'"),
+    ("format", "fp5", r"format must be one of nvfp4, mxfp4, got 'fp5'"),
+    ("activation", "mish", r"activation must be one of swiglu, .*identity, got 'mish'"),
+    ("hidden_size", np.int64(100), r"hidden_size must be a positive multiple of 16 .*, got 100"),
+    ("intermediate_size", np.int64(-16), r"intermediate_size must be a positive .*, got -16"),
+    ("weight_on_input", True, r"weight_on_input needs top_k == 1, got expert_ids i32\[5,2\]"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD_OPERANDS)
+def test_bad_operand(name, value, message):
+    with pytest.raises(Exception, match=r"moe_mlp \(cpu\): " + message):
+        Layer().run("cpu_portable", operands={name: value})
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD_ATTRIBUTES)
+def test_bad_attribute(name, value, message):
+    with pytest.raises(Exception, match=r"moe_mlp \(cpu\): " + message):
+        Layer().run("cpu_portable", attributes={name: value})
+
+
+def test_bad_results():
+    with pytest.raises(Exception, match=r"out must be f32\[5,96\], got bf16\[5,96\]"):
+        Layer().run("cpu_portable", out=jax.ShapeDtypeStruct((5, 96), jnp.bfloat16))
+    needed = Layer().workspace("cpu_portable")
+    message = rf"workspace must have at least {needed} bytes, got u8\[{needed - 1}\]"
+    with pytest.raises(Exception, match=message):
+        Layer().run("cpu_portable", workspace=needed - 1)
+
+
+def test_variant_that_this_machine_lacks():
+    lacking = [name for name in MANIFEST["variants"] if name not in RUNNABLE]
+    if not lacking:
+        pytest.skip("this machine runs every variant of the library")
+    with pytest.raises(Exception, match=lacking[0] + " needs CPU features that this machine lacks"):
+        Layer(dtype="bfloat16").run(lacking[0], workspace=1 << 20)
+
+
+@pytest.mark.skipif("cpu_avx512_bf16" not in RUNNABLE, reason="needs AVX-512 BF16")
+def test_bf16_variant_refuses_f32():
+    with pytest.raises(Exception, match=r"x must be bf16 for variant 'cpu_avx512_bf16'"):
+        Layer().run("cpu_avx512_bf16")
+
+
+BAD_GROUPED = [
+    ({"x": f32(9, 64)}, r"x must be f32\|bf16\[\*,96\], got f32\[9,64\]"),
+    ({"w": np.zeros((3, 7), np.uint8)}, r"w must be u8\[\*,4608\], got u8\[3,7\]"),
+    ({"w_global": f32(2)}, r"w_global must be f32\[3\], got f32\[2\]"),
+    ({"bias": f32(3, 41)}, r"bias must be f32\[3,40\], got f32\[3,41\]"),
+    ({"group_sizes": f32(3)}, r"group_sizes must be i32\[\*\], got f32\[3\]"),
+    ({"group_offset": i32(2)}, r"group_offset must be i32\[\], got i32\[2\]"),
+    ({"n": np.int64(0)}, r"n must be positive, got 0"),
+    ({"k": np.int64(33)}, r"k must be a positive multiple of 16 .*, got 33"),
+    ({"format": "int4"}, r"format must be one of nvfp4, mxfp4, got 'int4'"),
+    ({"variant": "gpu"}, r"variant must be one of .*, got 'gpu'"),
+    ({"out": jax.ShapeDtypeStruct((8, 40), jnp.float32)}, r"out must be f32\|bf16\[9,40\], got"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_GROUPED)
+def test_bad_grouped_matmul(overrides, message):
+    rng = np.random.default_rng(0)
+    weights = Weights(rng, 3, 40, 96, "nvfp4")
+    # 40 columns are two panels of two superblocks of 1152 bytes.
+    assert weights.pack(False).shape == (3, 4608)
+    with pytest.raises(Exception, match=r"grouped_matmul \(cpu\): " + message):
+        run_grouped("cpu_portable", f32(9, 96), weights, [3, 3, 3], overrides=overrides)
+
+
+def test_workspace_bytes_refuses():
+    sizes = {
+        "tokens": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_experts": 2,
+        "top_k": 1,
+        "gated": True,
+        "x_dtype": "float32",
+        "variant": "cpu_portable",
+    }
+    for change, message in [
+        ({"variant": "cpu_sse9"}, "variant must be one of"),
+        ({"x_dtype": "float64"}, "x_dtype must be 'float32' or 'bfloat16', got 'float64'"),
+        ({"tokens": -1}, "tokens must be >= 0, got -1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            _cpu.workspace_bytes("moe_mlp", **{**sizes, **change})
+    with pytest.raises(ValueError, match="op must be 'moe_mlp' with these arguments, got 'conv'"):
+        _cpu.workspace_bytes("conv", **sizes)

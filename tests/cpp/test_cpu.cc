@@ -1,6 +1,7 @@
 // Tests of csrc/cpu without XLA: every variant that this machine can run, against a plain f64
 // reference. Buffers are allocated to the byte, so that AddressSanitizer sees every overrun, and
 // poisoned, so that a read of what nobody wrote turns into NaN.
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -21,7 +22,7 @@ namespace {
 using reference::Grid;
 using reference::Random;
 
-int failures = 0, checks = 0;
+std::atomic<int> failures{0}, checks{0};  // some tests check on several threads
 
 void expect(bool condition, const std::string& what) {
   ++checks;
@@ -613,6 +614,6 @@ int main() {
     std::printf("%-16s %d checks\n", name, checks - before);
     std::fflush(stdout);
   }
-  std::printf("%d checks, %d failed\n", checks, failures);
+  std::printf("%d checks, %d failed\n", checks.load(), failures.load());
   return failures == 0 ? 0 : 1;
 }
