@@ -9,6 +9,7 @@
 #include "bindings/cpu_handlers.h"
 #include "cpu/features.h"
 #include "cpu/moe_mlp.h"
+#include "cpu/self_test.h"
 #include "cpu/types.h"
 
 namespace nb = nanobind;
@@ -114,6 +115,12 @@ int64_t grouped_matmul_workspace(const std::string& op, int64_t rows, int64_t n,
   return 0;
 }
 
+std::string run_self_test(const std::string& variant) {
+  const Variant built = built_variant(variant);
+  const std::string lacking = why_not(built);
+  return lacking.empty() ? self_test(*kernels(built)) : lacking;
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -121,6 +128,8 @@ NB_MODULE(_cpu, m) {
   m.def("registrations", &registrations, "XLA FFI targets: name -> capsule.");
   m.def("manifest", &manifest, "What this library was built with.");
   m.def("cpu_features", &cpu_features, "Usable features of this machine.");
+  m.def("self_test", &run_self_test, "variant"_a,
+        "Runs a tiny problem; returns '' or what was wrong with the numbers.");
   m.def("workspace_bytes", &moe_mlp_workspace, "op"_a, nb::kw_only(), "tokens"_a, "hidden_size"_a,
         "intermediate_size"_a, "num_experts"_a, "top_k"_a, "gated"_a, "x_dtype"_a, "variant"_a,
         "Bytes of moe_mlp's workspace output.");
