@@ -264,9 +264,7 @@ def _moe_mlp_fwd(call: _MlpCall, *args: Any) -> tuple[jax.Array, Any]:
 
 def _moe_mlp_bwd(call: _MlpCall, residuals: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     x, experts, expert_ids, weights, params, expert_offset = residuals
-    g = _mlp_backward(call)(
-        (x, expert_ids, weights, cotangent), (experts, params, expert_offset)
-    )
+    g = _mlp_backward(call)((x, expert_ids, weights, cotangent), (experts, params, expert_offset))
     experts_g = ExpertWeights(g.gate_up, g.down, g.gate_up_bias, g.down_bias)
     return g.x, experts_g, None, g.weights, None, None
 

@@ -67,9 +67,7 @@ def select(problem: Problem, implementation: Any = None) -> Resolution:
         _disqualified[row.variant] = why
 
 
-def layout_for(
-    experts: ExpertWeights | QuantizedTensor, variant: str | None, gated: bool
-) -> str:
+def layout_for(experts: ExpertWeights | QuantizedTensor, variant: str | None, gated: bool) -> str:
     """The layout that `variant`, or the variant selected for the current target, reads."""
     w = experts if isinstance(experts, QuantizedTensor) else experts.down
     if is_plain(w):

@@ -57,7 +57,9 @@ def _bias(bias: jax.Array | None) -> jax.Array:
     return jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32)
 
 
-def _call(name: str, out: jax.ShapeDtypeStruct, workspace: int, *operands: Any, **attrs: Any) -> Any:
+def _call(
+    name: str, out: jax.ShapeDtypeStruct, workspace: int, *operands: Any, **attrs: Any
+) -> Any:
     # The workspace is an output because XLA's CPU runtime offers no scratch allocator.
     results = (out, jax.ShapeDtypeStruct((workspace,), jnp.uint8))
     return jax.ffi.ffi_call(name, results)(*operands, **attrs)[0]

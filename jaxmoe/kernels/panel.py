@@ -45,7 +45,9 @@ def num_panels(rows: int, gated: bool) -> int:
 
 def num_bytes(rows: int, k: int, fmt: Format, gated: bool) -> int:
     """Bytes of one packed matrix."""
-    return num_panels(rows, gated) * (_round_up(k, SUPERBLOCK) // SUPERBLOCK) * superblock_bytes(fmt)
+    return (
+        num_panels(rows, gated) * (_round_up(k, SUPERBLOCK) // SUPERBLOCK) * superblock_bytes(fmt)
+    )
 
 
 def _to_lanes(rows: jax.Array, gated: bool) -> jax.Array:

@@ -52,9 +52,7 @@ def _step_weights(
 
 def _product(a: jax.Array, w: jax.Array, factor: jax.Array) -> jax.Array:
     """`a[C, B, K] @ w[C, N, K].T * factor[C]` with float32 accumulation."""
-    y = jnp.einsum(
-        "cbk,cnk->cbn", a, w, precision="highest", preferred_element_type=jnp.float32
-    )
+    y = jnp.einsum("cbk,cnk->cbn", a, w, precision="highest", preferred_element_type=jnp.float32)
     return y * factor[:, None, None]
 
 

@@ -1,0 +1,191 @@
+"""The dispatch: manifest against table, layouts, self-tests, and what a call lowers to."""
+
+import concurrent.futures
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmoe
+from jaxmoe import capability, kernels
+from jaxmoe.kernels import cpu, panel
+
+KEY = jax.random.key(0)
+
+
+def experts(fmt="nvfp4", e=4, h=96, i=32, gated=True):
+    keys = jax.random.split(KEY)
+    return jaxmoe.ExpertWeights(
+        jaxmoe.quantize(jax.random.normal(keys[0], (e, 2 * i if gated else i, h)), fmt),
+        jaxmoe.quantize(jax.random.normal(keys[1], (e, h, i)), fmt),
+    )
+
+
+def call(t=5, e=4, h=96, k=2, dtype=jnp.float32):
+    x = jax.random.normal(jax.random.key(1), (t, h), dtype)
+    ids = jax.random.randint(jax.random.key(2), (t, k), 0, e, jnp.int32)
+    return x, ids, jnp.full((t, k), 0.5)
+
+
+def mlp(weights, implementation=None, dtype=jnp.float32):
+    x, ids, w = call(dtype=dtype)
+    return jaxmoe.moe_mlp(x, weights, ids, w, implementation=implementation)
+
+
+def test_manifest_and_table_agree_in_both_directions():
+    manifest = cpu._native().manifest()
+    rows = [row for row in capability.TABLE if row.family == "cpu"]
+    assert {row.variant for row in rows} == set(manifest["variants"])
+    assert capability.check_manifest(manifest, rows) == []
+    assert {row.layout for row in rows} == {panel.NAME}
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize(("n", "k"), [(32, 32), (64, 96), (96, 160), (224, 64)])
+def test_panel_layout_round_trip(fmt, n, k, gated):
+    w = jaxmoe.quantize(jax.random.normal(KEY, (3, n, k)), fmt)
+    packed = panel.pack(w, gated)
+    assert packed.data.shape == (3, panel.num_bytes(n, k, w.format, gated))
+    assert packed.shape == w.shape
+    back = panel.unpack(packed, jnp.array([2, 0]))
+    for index, expert in enumerate((2, 0)):
+        np.testing.assert_array_equal(back[index].packed(), w[expert].packed())
+        np.testing.assert_array_equal(
+            np.asarray(back[index].scale).view(np.uint8), np.asarray(w[expert].scale).view(np.uint8)
+        )
+
+
+def test_panel_layout_byte_for_byte():
+    """Elements and scales of the second panel's second superblock stand where the layout says."""
+    n, k, row, at = 64, 128, 40, 77
+    elements = np.arange(n * k // 2, dtype=np.uint32).reshape(n, k // 2).astype(np.uint8)
+    scale = np.arange(n * k // 16, dtype=np.uint32).reshape(n, k // 16).astype(np.uint8)
+    packed = np.asarray(panel.pack_matrix(jnp.asarray(elements), jnp.asarray(scale), gated=False))
+    superblock = packed.reshape(2, 2, 128 + 1024)[row // 32, at // 64]
+    lane, within = row % 32, at % 64
+    assert superblock[within // 16 * 32 + lane] == scale[row, at // 16]
+    dword = superblock[128 + (within // 8 * 32 + lane) * 4 :][:4]
+    assert dword[within % 8 // 2] == elements[row, at // 2]
+
+
+def test_prepared_weights_of_another_layout_are_refused():
+    prepared = jaxmoe.prepare(experts(), "cpu_portable")
+    with pytest.raises(ValueError, match=r"prepared in layout 'panel32', but xla.*'canonical'"):
+        mlp(prepared, "xla")
+    with pytest.raises(ValueError, match=r"must be canonical, got layout 'panel32'"):
+        jaxmoe.prepare(prepared, "cpu_portable")
+    with pytest.raises(ValueError, match=r"prepared with gated=True, but the activation is not"):
+        x, ids, w = call()
+        jaxmoe.moe_mlp(x, prepared, ids, w, activation=jaxmoe.ReLU())
+
+
+def test_a_variant_that_fails_its_self_test_is_disqualified_with_its_reason(monkeypatch):
+    first = jaxmoe.explain(problem()).variant
+    asked = []
+
+    def self_test(variant):
+        asked.append(variant)
+        return "a relative error of 0.5" if variant == first else ""
+
+    monkeypatch.setattr(kernels, "_disqualified", {})
+    monkeypatch.setattr(cpu, "self_test", self_test)
+    resolution = jaxmoe.explain(problem())
+    assert resolution.variant != first
+    assert asked[0] == first
+    reasons = {v: (reason, detail) for v, reason, detail in resolution.rejected}
+    reason, detail = reasons[first]
+    assert reason is capability.Reason.SELF_TEST_FAILED
+    assert "a relative error of 0.5" in detail
+    with pytest.raises(jaxmoe.UnsupportedError, match="relative error of 0.5"):
+        jaxmoe.explain(problem(), first)
+
+
+def problem(**changes):
+    return jaxmoe.Problem(
+        **{
+            "weight_format": "nvfp4",
+            "activation_dtype": "float32",
+            "hidden_size": 96,
+            "intermediate_size": 32,
+            "num_experts": 4,
+            "top_k": 2,
+            **changes,
+        }
+    )
+
+
+def test_every_built_variant_that_this_machine_can_run_passes_its_self_test():
+    state = kernels.installation()
+    runnable = [
+        row.variant
+        for row in capability.TABLE
+        if row.family == "cpu" and row.features <= state["features"]
+    ]
+    assert "cpu_portable" in runnable
+    assert {variant: cpu.self_test(variant) for variant in runnable} == dict.fromkeys(runnable, "")
+
+
+def test_a_missing_library_is_a_sentence(monkeypatch):
+    def gone(name):
+        raise ImportError("libgone.so: cannot open shared object file")
+
+    cpu.library.cache_clear()
+    kernels._libraries.cache_clear()
+    monkeypatch.setattr(cpu.importlib, "import_module", gone)
+    try:
+        assert "libgone.so" in cpu.library()[1]
+        resolution = jaxmoe.explain(problem())
+        assert resolution.variant == "xla"
+        reasons = {v: reason for v, reason, _ in resolution.rejected}
+        assert reasons["cpu_portable"] is capability.Reason.NOT_BUILT
+    finally:
+        cpu.library.cache_clear()
+        kernels._libraries.cache_clear()
+
+
+def custom_calls(f, *args):
+    return re.findall(r"custom_call @(jaxmoe\w+)", jax.jit(f).lower(*args).as_text())
+
+
+def test_a_native_call_lowers_to_one_versioned_custom_call():
+    prepared = jaxmoe.prepare(experts(), "cpu_portable")
+    x, ids, w = call()
+
+    def layer(x, weights):
+        return jaxmoe.moe_mlp(x, weights, ids, w, implementation="cpu")
+
+    assert custom_calls(layer, x, prepared) == ["jaxmoe_moe_mlp_cpu_v1"]
+    batch = jnp.stack([x, x, x])
+    assert custom_calls(jax.vmap(layer, (0, None)), batch, prepared) == ["jaxmoe_moe_mlp_cpu_v1"]
+    matrix = jaxmoe.prepare(experts().down, "cpu_portable")
+    sizes = jnp.array([1, 2, 0, 2], jnp.int32)
+    assert custom_calls(
+        lambda x: jaxmoe.grouped_matmul(x[:, :32], matrix, sizes, implementation="cpu"), x
+    ) == ["jaxmoe_grouped_matmul_cpu_v1"]
+
+
+@pytest.mark.parametrize("target", ["sm_89", "sm_90", "sm_100", "sm_120", "sm_121", "tpu"])
+def test_lowering_for_a_machine_that_is_not_here_uses_no_kernel_of_this_one(target):
+    x, ids, w = call()
+    with jaxmoe.override(target=target):
+        text = jax.jit(
+            lambda x, weights: jaxmoe.moe_mlp(x, weights, ids, w)
+        ).trace(x, experts()).lower(
+            lowering_platforms=("tpu" if target == "tpu" else "cuda",)
+        ).as_text()  # fmt: skip
+    assert "jaxmoe_moe_mlp" not in text
+
+
+def test_calls_from_many_threads_at_once_give_the_bits_of_one():
+    prepared = jaxmoe.prepare(experts(), "cpu_portable")
+    x, ids, w = call(t=33)
+    layer = jax.jit(lambda x: jaxmoe.moe_mlp(x, prepared, ids, w, implementation="cpu"))
+    inputs = [x * (i + 1) for i in range(8)]
+    expected = [np.asarray(layer(x)) for x in inputs]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            for got, want in zip(pool.map(layer, inputs), expected, strict=True):
+                np.testing.assert_array_equal(got, want)
