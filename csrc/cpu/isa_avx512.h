@@ -15,6 +15,7 @@ namespace {
 struct Isa {
   static constexpr int kWidth = 16;
   static constexpr int kStreamRows = 4;
+  static constexpr int kMaxOwnStreamRows = 0;
   static constexpr int kRowTile = 12;
   static constexpr int kColumnVectors = 2;
   using F = VectorTypes<kWidth>::F;

@@ -26,6 +26,7 @@ const std::array<float, 256> kE4m3 = make_e4m3_table();
 struct Isa {
   static constexpr int kWidth = 4;
   static constexpr int kStreamRows = 2;
+  static constexpr int kMaxOwnStreamRows = 0;
   static constexpr int kRowTile = 6;
   static constexpr int kColumnVectors = 2;
   using F = VectorTypes<kWidth>::F;

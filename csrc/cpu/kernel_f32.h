@@ -9,7 +9,7 @@
 // x kColumnVectors vectors of accumulators run over them. All weights are exact in f32 either way.
 //
 // Isa provides: kWidth, F, I, Codes, fma, load_codes, decode<j>, e4m3_scale (times 2^-8), E8m0 and
-// its product.
+// its product; and, if it has a faster one, its own stream for up to kMaxOwnStreamRows rows.
 #ifndef JAXMOE_CSRC_CPU_KERNEL_F32_H_
 #define JAXMOE_CSRC_CPU_KERNEL_F32_H_
 
@@ -94,8 +94,12 @@ struct PanelF32 {
 
   template <int kRows>
   static void stream(const uint8_t* panel, int64_t superblocks, const float* const* a, float* c) {
-    // Two vectors of lanes share a row's broadcasts. A single row would wait for its own sums.
-    constexpr int kPair = 2, kChains = kRows == 1 ? 2 : 1;
+    if constexpr (kRows <= Isa::kMaxOwnStreamRows) {
+      return Isa::template stream<kFormat, kRows>(panel, superblocks, a, c);
+    }
+    // Two vectors of lanes share the rows' broadcasts while registers last. A single row would wait
+    // for its own sums.
+    constexpr int kPair = kRows <= 4 ? 2 : 1, kChains = kRows == 1 ? 2 : 1;
     F sums[kVectors][kRows] = {};
     for (int64_t s = 0; s < superblocks; ++s, panel += kBytes) {
       prefetch(panel);
@@ -107,25 +111,28 @@ struct PanelF32 {
 #pragma GCC unroll 4
           for (int g = 0; g < kGroups; ++g) {
             const uint8_t* group = codes + ((b * kGroups + g) * kPanelLanes + v0 * kWidth) * 4;
-            const typename Isa::Codes dwords[kPair] = {Isa::load_codes(group),
-                                                       Isa::load_codes(group + kWidth * 4)};
+            typename Isa::Codes dwords[kPair];
+#pragma GCC unroll 2
+            for (int v = 0; v < kPair; ++v) dwords[v] = Isa::load_codes(group + v * kWidth * 4);
             unroll(Eight{}, [&](auto j) JAXMOE_LAMBDA {
-              const F weights[kPair] = {Isa::template decode<j>(dwords[0]),
-                                        Isa::template decode<j>(dwords[1])};
-#pragma GCC unroll 4
+              F weights[kPair];
+#pragma GCC unroll 2
+              for (int v = 0; v < kPair; ++v) weights[v] = Isa::template decode<j>(dwords[v]);
+#pragma GCC unroll 8
               for (int r = 0; r < kRows; ++r) {
                 const F x = M::splat(a[r][k0 + g * 8 + j]);
-                F& first = partial[0][r][j % kChains];
-                F& second = partial[1][r][j % kChains];
-                first = Isa::fma(weights[0], x, first);
-                second = Isa::fma(weights[1], x, second);
+#pragma GCC unroll 2
+                for (int v = 0; v < kPair; ++v) {
+                  F& sum = partial[v][r][j % kChains];
+                  sum = Isa::fma(weights[v], x, sum);
+                }
               }
             });
           }
 #pragma GCC unroll 2
           for (int v = 0; v < kPair; ++v) {
             const Scale scale(panel + b * kPanelLanes + (v0 + v) * kWidth);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) {
               F block = partial[v][r][0];
               if constexpr (kChains == 2) block += partial[v][r][1];
