@@ -121,22 +121,19 @@ def _unify(gate: QuantizedTensor, up: QuantizedTensor) -> tuple[QuantizedTensor,
 def _unify_matrix(
     gate: QuantizedTensor, up: QuantizedTensor
 ) -> tuple[QuantizedTensor, UnifyReport]:
-    larger = jnp.maximum(gate.global_scale, up.global_scale)
-    smaller = jnp.minimum(gate.global_scale, up.global_scale)
-    tensors, reports = zip(
-        *(_join_at(gate, up, target) for target in (larger, smaller)), strict=True
-    )
-    take_smaller = reports[1].relative_l2 < reports[0].relative_l2
-    pick = partial(jax.tree.map, lambda a, b: jnp.where(take_smaller, b, a))
-    return pick(*tensors), pick(*reports)
+    scales = gate.global_scale, up.global_scale
+    targets = jnp.stack([jnp.maximum(*scales), jnp.minimum(*scales)])
+    tensors, reports = lax.map(lambda target: _join_at(gate, up, target), targets)
+    best = jnp.argmin(reports.relative_l2)  # the first, larger one if both change as much
+    return jax.tree.map(lambda leaf: leaf[best], (tensors, reports))
 
 
 def _join_at(
     gate: QuantizedTensor, up: QuantizedTensor, target: jax.Array
 ) -> tuple[QuantizedTensor, UnifyReport]:
-    parts = [_rescale(part, target) for part in (gate, up)]
-    joined = _join(parts[0], parts[1], parts[0].global_scale)
     old = jnp.concatenate([dequantize(gate), dequantize(up)])
+    before = [jnp.full((part.shape[0], 1), part.global_scale) for part in (gate, up)]
+    joined = _rescale(_join(gate, up, None), jnp.concatenate(before), old, target)
     new = dequantize(joined)
     # The comparison sees rounded values; a compiler may contract the difference alone.
     change = jnp.where(new == old, 0.0, jnp.abs(new - old))
@@ -152,24 +149,27 @@ def _join_at(
     return joined, UnifyReport(error.max(initial=0), l2)
 
 
-def _rescale(q: QuantizedTensor, target: jax.Array) -> QuantizedTensor:
-    """`q` at another global scale: each block as it is where that changes no value."""
-    old = dequantize(q)
+def _rescale(
+    q: QuantizedTensor, before: jax.Array, old: jax.Array, target: jax.Array
+) -> QuantizedTensor:
+    """`q`, whose values are `old` under the rows' global scales `before`, at the scale `target`.
+
+    A block stays as it is where its scale can take up the ratio without changing a value.
+    """
     if q.format.scale is None:
         return _quantize(old, target, q.format)
     new = _quantize(old, target, q.format, "mse")
-    ratio = q.global_scale / new.global_scale
     code = lax.bitcast_convert_type(q.scale, jnp.uint8).astype(jnp.int32)
-    code = codecs.E4M3.encode(codecs.E4M3.decode(code) * ratio).astype(jnp.uint8)
+    code = codecs.E4M3.encode(codecs.E4M3.decode(code) * (before / new.global_scale))
+    bits = code.astype(jnp.uint8)
     kept = QuantizedTensor(
-        q.packed(), lax.bitcast_convert_type(code, q.format.scale), new.global_scale, q.format
+        q.packed(), lax.bitcast_convert_type(bits, q.format.scale), new.global_scale, q.format
     )
     assert q.format.block_size is not None
-    same = (
-        (dequantize(kept) == old).reshape(*code.shape, q.format.block_size).all(-1, keepdims=True)
-    )
-    bytes_of = (*code.shape, q.format.block_size // 2)
+    same = dequantize(kept) == old
+    same = same.reshape(*bits.shape, q.format.block_size).all(-1, keepdims=True)
+    bytes_of = (*bits.shape, q.format.block_size // 2)
     data = jnp.where(same, kept.packed().reshape(bytes_of), new.packed().reshape(bytes_of))
-    bits = jnp.where(same[..., 0], code, lax.bitcast_convert_type(new.scale, jnp.uint8))
+    bits = jnp.where(same[..., 0], bits, lax.bitcast_convert_type(new.scale, jnp.uint8))
     scale = lax.bitcast_convert_type(bits, q.format.scale)
     return QuantizedTensor(data.reshape(kept.data.shape), scale, new.global_scale, q.format)
