@@ -95,7 +95,7 @@ class ExpertWeights:
     @property
     def format(self) -> Format:
         """Format of the weights; `BF16` stands for any unquantised array."""
-        return BF16 if is_plain(self.down) else self.down.format
+        return format_of(self.down)
 
     @property
     def layout(self) -> str:
@@ -127,18 +127,25 @@ class ExpertWeights:
             raise ValueError(f"up must have gate's shape {gate.shape}, got {up.shape}")
         if (gate_bias is None) != (up_bias is None):
             raise ValueError("gate_bias and up_bias must be given together, got only one of them")
-        bias = None if gate_bias is None else jnp.concatenate([gate_bias, up_bias], axis=-1)
-        if isinstance(gate, QuantizedTensor) != isinstance(up, QuantizedTensor):
-            raise ValueError("gate and up must both be QuantizedTensor or both plain arrays")
-        if isinstance(gate, QuantizedTensor):
+        bias = None
+        if gate_bias is not None and up_bias is not None:
+            bias = jnp.concatenate([gate_bias, up_bias], axis=-1)
+        if isinstance(gate, QuantizedTensor) and isinstance(up, QuantizedTensor):
             gate_up, report = unify_global_scale(gate, up)
             return cls(gate_up, down, bias, down_bias), report
+        if isinstance(gate, QuantizedTensor) or isinstance(up, QuantizedTensor):
+            raise ValueError("gate and up must both be QuantizedTensor or both plain arrays")
         return cls(jnp.concatenate([gate, up], axis=-2), down, bias, down_bias), None
 
 
 def is_plain(w: Matrix) -> TypeGuard[jax.Array]:
     """Whether `w` is an unquantised array."""
     return not isinstance(w, QuantizedTensor | PreparedMatrix)
+
+
+def format_of(w: Matrix) -> Format:
+    """Format of a matrix; `BF16` stands for any unquantised array."""
+    return w.format if isinstance(w, QuantizedTensor | PreparedMatrix) else BF16
 
 
 jax.tree_util.register_dataclass(
@@ -215,7 +222,7 @@ def check_bias(bias: jax.Array | None, shape: tuple[int, int], name: str) -> Non
 
 
 def _kind(w: Matrix) -> str:
-    if is_plain(w):
+    if not isinstance(w, QuantizedTensor | PreparedMatrix):
         return str(w.dtype)
     return f"{w.format.name} in layout {getattr(w, 'layout', CANONICAL)}"
 

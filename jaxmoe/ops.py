@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jaxmoe import kernels
 from jaxmoe.activations import Activation, SwiGLU
 from jaxmoe.capability import Problem, Resolution
-from jaxmoe.experts import ExpertWeights, Matrix, check_bias, check_experts, check_matrix, is_plain
+from jaxmoe.experts import (
+    ExpertWeights,
+    Matrix,
+    check_bias,
+    check_experts,
+    check_matrix,
+    format_of,
+    is_plain,
+)
 from jaxmoe.kernels import xla
 from jaxmoe.kernels.xla import MlpConfig
 
@@ -173,7 +181,7 @@ def grouped_matmul(
     offset = _scalar(0 if group_offset is None else group_offset, "group_offset")
     problem = Problem(
         op="grouped_matmul",
-        weight_format="bf16" if is_plain(w) else w.format.name,
+        weight_format=format_of(w).name,
         activation_dtype=str(x.dtype),
         activation="identity",
         bias=bias is not None,
@@ -265,7 +273,8 @@ def _moe_mlp_fwd(call: _MlpCall, *args: Any) -> tuple[jax.Array, Any]:
 def _moe_mlp_bwd(call: _MlpCall, residuals: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     x, experts, expert_ids, weights, params, expert_offset = residuals
     g = _mlp_backward(call)((x, expert_ids, weights, cotangent), (experts, params, expert_offset))
-    experts_g = ExpertWeights(g.gate_up, g.down, g.gate_up_bias, g.down_bias)
+    # A subtree that is None stands for frozen weights.
+    experts_g = ExpertWeights(g.gate_up, g.down, g.gate_up_bias, g.down_bias)  # type: ignore[arg-type]
     return g.x, experts_g, None, g.weights, None, None
 
 
@@ -378,17 +387,15 @@ def _batched_by_folding(
 
 
 def _in_turn(f: Callable[..., Any], size: int, batched: Any, *args: Any) -> Any:
+    leaves: list[jax.Array]
     leaves, tree = jax.tree.flatten(args)
     flags = jax.tree.leaves(batched)
     moving = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
 
     def one(moving: list[jax.Array]) -> Any:
         rest = iter(moving)
-        return f(
-            *tree.unflatten(
-                [next(rest) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
-            )
-        )
+        whole = [next(rest) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
+        return f(*jax.tree.unflatten(tree, whole))
 
     return jax.lax.map(one, moving)
 

@@ -17,7 +17,7 @@ import jax
 
 from jaxmoe import capability
 from jaxmoe.capability import TABLE, Problem, Resolution, Row
-from jaxmoe.experts import CANONICAL, ExpertWeights, Matrix, PreparedMatrix, is_plain
+from jaxmoe.experts import CANONICAL, ExpertWeights, PreparedMatrix, format_of, is_plain
 from jaxmoe.kernels import cpu, panel, xla
 from jaxmoe.kernels.xla import MlpConfig
 from jaxmoe.quantization import QuantizedTensor
@@ -74,7 +74,7 @@ def layout_for(experts: ExpertWeights | QuantizedTensor, variant: str | None, ga
         return CANONICAL
     problem = Problem(
         op="grouped_matmul" if isinstance(experts, QuantizedTensor) else "moe_mlp",
-        weight_format=w.format.name,
+        weight_format=format_of(w).name,
         compute="auto",
         activation_dtype="bfloat16",
         activation="swiglu" if gated else "identity",

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-Carry = TypeVar("Carry")
-Rows = TypeVar("Rows")
 
 # Upper bound on the float32 bytes of weights that one step of the loop may hold.
 _STEP_BYTES = 64 * 2**20
@@ -134,10 +131,10 @@ def by_group(
 
 def rows_map(
     blocks: Blocks,
-    body: Callable[[jax.Array, jax.Array, Carry], tuple[Rows, Carry]],
-    shapes: Rows,
-    init: Carry,
-) -> tuple[Rows, Carry]:
+    body: Callable[[jax.Array, jax.Array, Any], tuple[Any, Any]],
+    shapes: Any,
+    init: Any,
+) -> tuple[Any, Any]:
     """Runs `values, carry = body(expert[C], row[C, rows], carry)` over the blocks in use.
 
     Args:
@@ -153,7 +150,7 @@ def rows_map(
     """
     slots = blocks.row.shape
 
-    def one(i: jax.Array, state: Any) -> Any:
+    def one(i: int | jax.Array, state: Any) -> Any:
         values, carry = state
         first = i * blocks.step
         expert = jax.lax.dynamic_slice_in_dim(blocks.expert, first, blocks.step)

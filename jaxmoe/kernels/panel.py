@@ -5,7 +5,7 @@ of superblocks of 64 elements of K, so that a kernel streams memory strictly for
 
     panel p, superblock s:
       block scales  [64 / B, 32]    one byte each, lane fastest
-      elements      [8, 32] dwords  dword (g, lane) holds k = 64 s + 8 g ... + 7, lowest nibble first
+      elements      [8, 32] dwords  dword (g, lane): k = 64 s + 8 g ... + 7, lowest nibble first
 
 A plain matrix puts row 32 p + l into lane l. A gated `gate_up` matrix puts gate row 16 p + l into
 lane l and up row 16 p + l into lane 16 + l, so that one panel yields finished activations. Rows and
@@ -120,7 +120,7 @@ def pack(w: QuantizedTensor, gated: bool) -> PreparedMatrix:
     scale = jax.lax.bitcast_convert_type(w.scale, jnp.uint8)
     e, n, k = w.shape
     return PreparedMatrix(
-        data=jax.lax.map(lambda one: pack_matrix(*one, gated), (w.packed(), scale)),
+        data=jax.lax.map(lambda one: pack_matrix(one[0], one[1], gated), (w.packed(), scale)),
         global_scale=jnp.ones(e, jnp.float32) if w.global_scale is None else w.global_scale,
         layout=NAME,
         format=w.format,
@@ -132,6 +132,7 @@ def pack(w: QuantizedTensor, gated: bool) -> PreparedMatrix:
 
 def unpack(w: PreparedMatrix, expert: jax.Array) -> QuantizedTensor:
     """The matrices `[C, N, K]` of the experts `i32[C]` in canonical order."""
+    assert w.format.scale is not None
     elements, scale = jax.vmap(lambda p: unpack_matrix(p, w.rows, w.k, w.format, w.gated))(
         w.data[expert]
     )

@@ -17,7 +17,7 @@ from jaxmoe.activations import Activation
 from jaxmoe.experts import ExpertWeights, Matrix, PreparedMatrix, is_plain
 from jaxmoe.kernels import blocks as blk
 from jaxmoe.kernels import panel
-from jaxmoe.quantization import dequantize
+from jaxmoe.quantization import QuantizedTensor, dequantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,12 @@ def _dequantize(w: Matrix, expert: jax.Array, dtype: Any) -> tuple[jax.Array, ja
     which bf16 holds exactly; for wider activations the factor is 1.
     """
     one = jnp.ones(expert.shape, jnp.float32)
-    if is_plain(w):
+    if isinstance(w, PreparedMatrix):
+        part = panel.unpack(w, expert)
+    elif isinstance(w, QuantizedTensor):
+        part = w[expert]
+    else:
         return w[expert].astype(dtype), one
-    part = panel.unpack(w, expert) if isinstance(w, PreparedMatrix) else w[expert]
     if dtype != jnp.bfloat16 or part.global_scale is None:
         return dequantize(part).astype(dtype), one
     unscaled = dataclasses.replace(part, global_scale=jnp.ones_like(part.global_scale))
@@ -185,7 +188,8 @@ def moe_mlp_gradients(
 
         def forward(xb: Any, wb: Any, w: Any, b: Any) -> jax.Array:
             w1_, w2_ = w if trainable else (w1, w2)
-            return _mlp_rows(config, xb, wb, w1_, f1, w2_, f2, *b, params[:, expert])
+            b1, b2 = b
+            return _mlp_rows(config, xb, wb, w1_, f1, w2_, f2, b1, b2, params[:, expert])
 
         _, pull = jax.vjp(
             forward,
@@ -294,6 +298,6 @@ def grouped_matmul_gradients(
     dx, (dw, db) = blk.rows_map(blocks, body, shape, init)
     return (
         dx.astype(x.dtype),
-        None if dw is None else dw.astype(w.dtype),
-        None if db is None else db.astype(bias.dtype),
+        dw.astype(w.dtype) if is_plain(w) else None,
+        None if bias is None else db.astype(bias.dtype),
     )
