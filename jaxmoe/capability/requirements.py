@@ -178,8 +178,8 @@ _REQUIREMENTS: tuple[tuple[Reason | None, _Requirement], ...] = (
     (Reason.ACTIVATION_UNSUPPORTED, _activation),
     (Reason.BIAS_UNSUPPORTED, _bias),
     (Reason.SHAPE_UNALIGNED, _alignment),
-    (Reason.CPU_FEATURE_MISSING, _features),
     (Reason.NOT_BUILT, _built),
+    (Reason.CPU_FEATURE_MISSING, _features),
     (Reason.SELF_TEST_FAILED, _self_test),
 )
 
