@@ -69,12 +69,15 @@ def learning_rate(progress: float, peak: float) -> float:
 
 
 def optimizer() -> optax.GradientTransformation:
-    """AdamW without its learning rate, which `train_steps` multiplies in; no decay on vectors."""
+    """AdamW without its learning rate, which `train_steps` multiplies in; no decay on norms."""
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b1=0.9, b2=0.95),
         optax.add_decayed_weights(
-            WEIGHT_DECAY, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+            WEIGHT_DECAY,
+            mask=lambda params: jax.tree.map_with_path(
+                lambda path, _: "scale" not in jax.tree_util.keystr(path), params
+            ),
         ),
     )
 
@@ -127,8 +130,7 @@ def graphs(
     """The model's graph, the same with fake-quantised experts, and the initial parameters."""
     model = models.Decoder(config, attention=attention, dtype=dtype, rngs=nnx.Rngs(seed))
     graph, params = nnx.split(model)
-    for layer in model.layers:
-        layer.moe.qat = "nvfp4"
+    model.layers.block.moe.qat = "nvfp4"
     return graph, nnx.split(model)[0], params
 
 

@@ -28,16 +28,28 @@ CONFIG = DecoderConfig(
 )
 
 
+def copied(model):
+    """A model with its own variables; `nnx.merge(*nnx.split(model))` would share them."""
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(lambda a: a, state))
+
+
 @pytest.fixture(scope="module")
-def model():
+def initial():
+    """The one model of this module; tests take `model`."""
     return models.Decoder(CONFIG, rngs=nnx.Rngs(0))
 
 
+@pytest.fixture
+def model(initial):
+    return copied(initial)
+
+
 @pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
+def folder(initial, tmp_path_factory):
     """The model on disk in bf16 and both FP4 formats, quantised from the bf16 file."""
     folder = tmp_path_factory.mktemp("model")
-    models.save(model, folder)
+    models.save(initial, folder)
     stored = models.load(folder, "bf16")
     for weight_format in ("nvfp4", "mxfp4"):
         models.save(moe_nn.quantize(stored, weight_format), folder)
@@ -56,7 +68,10 @@ def run(graph, state, ids, cache):
 
 
 def logits_of(model, ids):
-    return run(*nnx.split(model), ids, None)[0]
+    """Logits `[B, T, 256]` of the whole text; always the same shape, so that one is compiled."""
+    batch, length = ids.shape
+    padded = jnp.zeros((2, CONFIG.max_length), jnp.int32).at[:batch, :length].set(ids)
+    return np.asarray(run(*nnx.split(model), padded, None)[0])[:batch, :length]
 
 
 # --- configuration -------------------------------------------------------------------------------
@@ -132,12 +147,11 @@ def attention_oracle(layer, x):
 
 
 def test_attention_matches_numpy(model):
-    layer = model.layers[0].attention
-    layer = nnx.merge(*nnx.split(layer))
+    layer = model.layers[1].attention
     layer.query_norm.scale[...] = jnp.linspace(0.5, 2, CONFIG.head_dim)
     x = jax.random.normal(jax.random.key(1), (2, 9, CONFIG.hidden_size))
-    y, stored = layer(x, None)
-    assert stored is None
+    y, cache = jax.jit(lambda x: layer(x))(x)
+    assert cache is None
     expected = attention_oracle(layer, x)
     error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
     assert error < 2e-6
@@ -165,6 +179,18 @@ def test_cache_gives_the_logits_of_the_whole_text(model):
     assert error < 2e-6 * np.linalg.norm(expected)
 
 
+def test_layers_run_one_after_the_other(model):
+    ids = tokens(2, CONFIG.max_length)
+    x = model.embed(ids)
+    run_block = jax.jit(lambda graph, state, x: nnx.merge(graph, state)(x)[0], static_argnums=0)
+    assert len(model.layers) == CONFIG.num_layers
+    for block in model.layers:
+        x = run_block(*nnx.split(block), x)
+    expected = logits_of(model, ids)
+    error = np.linalg.norm(model.logits(model.norm(x)) - expected)
+    assert error < 2e-6 * np.linalg.norm(expected)
+
+
 def test_tied_embeddings_have_no_output_matrix():
     config = DecoderConfig.from_dict({**CONFIG.to_dict(), "tie_embeddings": True, "qk_norm": False})
     model = models.Decoder(config, rngs=nnx.Rngs(0))
@@ -176,9 +202,10 @@ def test_tied_embeddings_have_no_output_matrix():
 
 
 def test_aux_counts_every_choice(model):
-    aux = run(*nnx.split(model), tokens(1, 20), None)[2]
+    ids = tokens(2, CONFIG.max_length)
+    aux = run(*nnx.split(model), ids, None)[2]
     assert aux.expert_counts.shape == (2, 8)
-    np.testing.assert_array_equal(aux.expert_counts.sum(axis=1), 20 * CONFIG.top_k)
+    np.testing.assert_array_equal(aux.expert_counts.sum(axis=1), ids.size * CONFIG.top_k)
     assert aux.load_balance_loss.shape == aux.router_z_loss.shape == ()
 
 
@@ -313,12 +340,19 @@ def test_characters_across_parts_are_whole(model, monkeypatch):
     assert list(models.generate_text(model, "")) == ["éa", "�", "�"]
 
 
+def test_text_does_not_depend_on_the_stride(model):
+    a, b = (write(model, "abc", max_new_tokens=24, stride=stride) for stride in (4, 12))
+    assert a == b
+
+
 def test_cache_is_donated(model):
     graph, state = nnx.split(model)
-    cache = model.init_cache(1)
-    new, _ = _generation._read(graph, state, cache, jnp.zeros((1, 64), jnp.int32), jnp.int32(5))
-    assert all(k.is_deleted() for k in cache.keys)
-    assert int(new.length) == 5
+    cache, logits = _generation._read(graph, state, np.zeros((1, 64), np.int32), np.int32(5))
+    assert int(cache.length) == 5
+    new, _, _ = _generation._draw(graph, GREEDY, 4, state, cache, logits, np.uint32(0))
+    assert cache.keys.is_deleted()
+    assert cache.values.is_deleted()
+    assert int(new.length) == 9
 
 
 def test_only_byte_level_models_write():
@@ -354,9 +388,8 @@ def test_bits_per_byte_is_the_mean_of_minus_log2(model):
 
 
 def test_a_model_that_knows_nothing_needs_eight_bits(model):
-    blank = nnx.merge(*nnx.split(model))
-    blank.head.kernel[...] = jnp.zeros_like(blank.head.kernel[...])
-    assert models.bits_per_byte(blank, b"anything" * 40, context=16) == pytest.approx(8, rel=1e-6)
+    model.head.kernel[...] = jnp.zeros_like(model.head.kernel[...])
+    assert models.bits_per_byte(model, b"anything" * 40) == pytest.approx(8, rel=1e-6)
 
 
 def test_bits_per_byte_needs_text(model):
@@ -378,6 +411,7 @@ def test_folder_has_the_shared_part_once(folder):
     assert models.available_formats(folder) == ("nvfp4", "mxfp4", "bf16")
     names = checkpoint.load(folder / "decoder.safetensors").keys()
     assert not any("gate_up" in name or "down" in name for name in names)
+    assert {"embed.embedding", "layers.0.moe.router", "layers.1.attention.out.kernel"} <= names
 
 
 def test_saving_again_writes_the_same_bytes(folder, tmp_path):
@@ -393,21 +427,23 @@ def test_loaded_model_computes_what_the_quantised_one_does(folder, weight_format
     ids = tokens(1, 16)
     expected = logits_of(quantized, ids)
     loaded = models.load(folder, weight_format)
-    assert {layer.moe.weight_format for layer in loaded.layers} == {weight_format}
+    assert loaded.layers.block.moe.weight_format == weight_format
     np.testing.assert_array_equal(logits_of(loaded, ids), expected)
     exact = logits_of(models.load(folder, "bf16"), ids)
     assert 0.005 < np.linalg.norm(expected - exact) / np.linalg.norm(exact) < 0.5
 
 
 def test_bf16_files_hold_the_rounded_weights(model, folder):
-    w = models.load(folder, "bf16").layers[1].moe.down[...]
-    np.testing.assert_array_equal(
-        np.float32(w), np.float32(model.layers[1].moe.down[...].astype(jnp.bfloat16))
-    )
+    stored = checkpoint.load(folder / "experts-bf16.safetensors")
+    for i in range(CONFIG.num_layers):
+        expected = model.layers.block.moe.down[...][i].astype(jnp.bfloat16)
+        np.testing.assert_array_equal(
+            np.float32(stored[f"layers.{i}.moe.down"]), np.float32(expected)
+        )
 
 
 def test_default_format_is_fp4(folder):
-    assert models.load(folder).layers[0].moe.weight_format == "nvfp4"
+    assert models.load(folder).layers.block.moe.weight_format == "nvfp4"
 
 
 def test_experts_may_lie_in_another_folder(folder, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ from flax import nnx
 from jaxmoe.activations import ACTIVATIONS
 from jaxmoe.models._config import DecoderConfig
 from jaxmoe.nn import MoE
+from jaxmoe.routing import RouterAux
 
 
 @jax.tree_util.register_dataclass
@@ -20,19 +23,29 @@ class KVCache:
     """Keys and values of the tokens read so far.
 
     Attributes:
-      keys: one `[B, S, num_kv_heads, head_dim]` per layer, rotated.
+      keys: `[num_layers, B, num_kv_heads, S, head_dim]`, rotated.
       values: likewise.
       length: `i32[]`, how many of the `S` positions are filled.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: jax.Array
+    values: jax.Array
     length: jax.Array
 
     @property
     def max_length(self) -> int:
         """`S`."""
-        return self.keys[0].shape[1]
+        return self.keys.shape[3]
+
+    def write(self, keys: jax.Array, values: jax.Array, layer: jax.Array | int) -> KVCache:
+        """Puts `[B, T, num_kv_heads, head_dim]` of one layer after the tokens read so far."""
+        at = (layer, 0, 0, self.length, 0)
+
+        def put(into: jax.Array, new: jax.Array) -> jax.Array:
+            new = new.swapaxes(1, 2)[None].astype(into.dtype)
+            return jax.lax.dynamic_update_slice(into, new, at)
+
+        return KVCache(put(self.keys, keys), put(self.values, values), self.length)
 
 
 class DecoderAux(NamedTuple):
@@ -68,6 +81,25 @@ def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def attend(q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
+    """Grouped-query attention over a cache, in the cache's layout: nothing long is transposed.
+
+    Args:
+      q: `[B, T, num_heads, D]`.
+      keys: `[B, num_kv_heads, S, D]`.
+      values: likewise.
+      seen: `bool[T, S]`, which positions each query may look at.
+
+    Returns:
+      `[B, T, num_heads, D]`; the softmax is computed in float32.
+    """
+    b, t, n, d = q.shape
+    q = q.reshape(b, t, keys.shape[1], -1, d)
+    score = jnp.einsum("btngd,bnsd->bngts", q, keys, preferred_element_type=jnp.float32)
+    p = jax.nn.softmax(jnp.where(seen, score / math.sqrt(d), -jnp.inf)).astype(q.dtype)
+    return jnp.einsum("bngts,bnsd->btngd", p, values).reshape(b, t, n, d)
+
+
 class Attention(nnx.Module):
     """Causal grouped-query self-attention with rotary positions and an optional cache."""
 
@@ -98,9 +130,9 @@ class Attention(nnx.Module):
         self.key_norm = nnx.data(nnx.RMSNorm(d, rngs=rngs, **norm) if config.qk_norm else None)
 
     def __call__(
-        self, x: jax.Array, cache: tuple[jax.Array, jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """`x[B, T, H]`, (keys, values, length) or None -> `[B, T, H]`, new keys and values."""
+        self, x: jax.Array, cache: KVCache | None = None, layer: jax.Array | int = 0
+    ) -> tuple[jax.Array, KVCache | None]:
+        """`x[B, T, H]`, cache, which layer of it -> `[B, T, H]`, cache with the new keys."""
         b, t, _ = x.shape
         c = self.config
         q = self.query(x).reshape(b, t, c.num_heads, c.head_dim)
@@ -108,25 +140,22 @@ class Attention(nnx.Module):
         v = self.value(x).reshape(b, t, c.num_kv_heads, c.head_dim)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        start = 0 if cache is None else cache[2]
+        start = jnp.int32(0) if cache is None else cache.length
         position = start + jnp.arange(t, dtype=jnp.int32)
         q, k = rotate(q, position, c.rope_theta), rotate(k, position, c.rope_theta)
         if cache is None:
             y = jax.nn.dot_product_attention(
                 q, k, v, is_causal=True, implementation=self.implementation
             )
-            stored = None
         else:
-            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, 1)
-            values = jax.lax.dynamic_update_slice_in_dim(
-                cache[1], v.astype(cache[1].dtype), start, 1
+            cache = cache.write(k, v, layer)
+            keys, values = (
+                jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(q.dtype)
+                for a in (cache.keys, cache.values)
             )
-            seen = jnp.arange(keys.shape[1], dtype=jnp.int32) <= position[:, None]
-            y = jax.nn.dot_product_attention(
-                q, keys.astype(q.dtype), values.astype(q.dtype), mask=seen[None, None]
-            )
-            stored = keys, values
-        return self.out(y.reshape(b, t, -1)), stored
+            seen = jnp.arange(cache.max_length, dtype=jnp.int32) <= position[:, None]
+            y = attend(q, keys, values, seen)
+        return self.out(y.reshape(b, t, -1)), cache
 
 
 class Block(nnx.Module):
@@ -158,12 +187,61 @@ class Block(nnx.Module):
             **options,
         )
 
-    def __call__(self, x: jax.Array, cache: Any) -> tuple[jax.Array, Any, Any]:
-        """`x[B, T, H]` -> `[B, T, H]`, new keys and values, router aux."""
-        y, stored = self.attention(self.attention_norm(x), cache)
+    def __call__(
+        self, x: jax.Array, cache: KVCache | None = None, layer: jax.Array | int = 0
+    ) -> tuple[jax.Array, KVCache | None, RouterAux]:
+        """`x[B, T, H]`, cache, which layer of it -> `[B, T, H]`, cache, router aux."""
+        y, cache = self.attention(self.attention_norm(x), cache, layer)
         x = x + y
         y, aux = self.moe(self.moe_norm(x), return_aux=True)
-        return x + y, stored, aux
+        return x + y, cache, aux
+
+
+class Layers(nnx.Module):
+    """Equal blocks with their weights stacked, run by `lax.scan`, so that one is compiled for all.
+
+    `layers[i]` is a copy of one block.
+
+    Args:
+      count: how many blocks.
+      make: makes one of them.
+      rngs: random streams; the stream "params" is divided over the blocks.
+    """
+
+    def __init__(self, count: int, make: Callable[[nnx.Rngs], Block], *, rngs: nnx.Rngs):
+        graph = None
+
+        def one(key: jax.Array) -> Any:
+            nonlocal graph  # static, and the same for every block
+            graph, state = nnx.split(make(nnx.Rngs(params=key)))
+            return state
+
+        state = jax.jit(jax.vmap(one))(jax.random.split(rngs.params(), count))
+        self.count = count
+        self.block = nnx.merge(graph, state)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Block:
+        if not -self.count <= index < self.count:
+            raise IndexError(f"there are {self.count} layers, got index {index}")
+        graph, state = nnx.split(self.block)
+        return nnx.merge(graph, jax.tree.map(lambda a: a[index], state))
+
+    def __call__(
+        self, x: jax.Array, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None, RouterAux]:
+        """`x[B, T, H]`, cache -> `[B, T, H]`, cache, router aux stacked over the layers."""
+        graph, states = nnx.split(self.block)
+
+        def step(carry: Any, inputs: Any) -> Any:
+            layer, state = inputs
+            x, cache, aux = nnx.merge(graph, state)(*carry, layer)
+            return (x, cache), aux
+
+        (x, cache), aux = jax.lax.scan(step, (x, cache), (jnp.arange(self.count), states))
+        return x, cache, aux
 
 
 class Decoder(nnx.Module):
@@ -208,9 +286,9 @@ class Decoder(nnx.Module):
             embedding_init=nnx.initializers.normal(1.0 if not config.tie_embeddings else 0.02),
             **options,
         )
-        self.layers = nnx.List(
-            Block(config, weight_format=weight_format, attention=attention, **options)
-            for _ in range(config.num_layers)
+        block = {**options, "weight_format": weight_format, "attention": attention}
+        self.layers = Layers(
+            config.num_layers, lambda rngs: Block(config, **{**block, "rngs": rngs}), rngs=rngs
         )
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, **options)
         self.head = nnx.data(
@@ -231,12 +309,9 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"max_length must be from 1 to config.max_length={c.max_length}, got {length}"
             )
-        shape = (batch, length, c.num_kv_heads, c.head_dim)
-
-        def empty() -> tuple[jax.Array, ...]:
-            return tuple(jnp.zeros(shape, self.dtype) for _ in range(c.num_layers))
-
-        return KVCache(empty(), empty(), jnp.zeros((), jnp.int32))
+        shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
+        empty = jnp.zeros(shape, self.dtype)
+        return KVCache(empty, jnp.zeros_like(empty), jnp.int32(0))
 
     def hidden(
         self, tokens: jax.Array, cache: KVCache | None = None
@@ -260,22 +335,10 @@ class Decoder(nnx.Module):
                 f"tokens must have at most {limit} positions, got {tokens.shape[1]}; shorten the "
                 "text, or take the last part of it"
             )
-        x = self.embed(tokens)
-        keys, values, auxes = [], [], []
-        for i, layer in enumerate(self.layers):
-            part = None if cache is None else (cache.keys[i], cache.values[i], cache.length)
-            x, stored, aux = layer(x, part)
-            auxes.append(aux)
-            if stored is not None:
-                keys.append(stored[0])
-                values.append(stored[1])
+        x, cache, aux = self.layers(self.embed(tokens), cache)
         if cache is not None:
-            cache = KVCache(tuple(keys), tuple(values), cache.length + tokens.shape[1])
-        aux = DecoderAux(
-            jnp.mean(jnp.stack([aux.load_balance_loss for aux in auxes])),
-            jnp.mean(jnp.stack([aux.router_z_loss for aux in auxes])),
-            jnp.stack([aux.expert_counts for aux in auxes]),
-        )
+            cache = dataclasses.replace(cache, length=cache.length + tokens.shape[1])
+        aux = DecoderAux(aux.load_balance_loss.mean(), aux.router_z_loss.mean(), aux.expert_counts)
         return self.norm(x), cache, aux
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -21,16 +21,16 @@ SEPARATOR = 0
 _BUCKET = 64  # prompts are padded to a multiple, so that few lengths are compiled
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0)
 def _read(
-    graph: Any, state: Any, cache: KVCache, tokens: jax.Array, length: jax.Array
+    graph: Any, state: Any, tokens: jax.Array, length: jax.Array
 ) -> tuple[KVCache, jax.Array]:
     """Reads `tokens[1, P]`, of which `length` count; returns the logits `[1, V]` after them."""
     model = nnx.merge(graph, state)
-    hidden, cache, _ = model.hidden(tokens, cache)
+    hidden, cache, _ = model.hidden(tokens, model.init_cache(1))
     last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)[:, 0]
     # What the padding left in the cache is masked now and overwritten later.
-    return KVCache(cache.keys, cache.values, length), model.logits(last)
+    return dataclasses.replace(cache, length=length), model.logits(last)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -41,18 +41,20 @@ def _draw(
     state: Any,
     cache: KVCache,
     logits: jax.Array,
-    key: jax.Array,
+    seed: jax.Array,
 ) -> tuple[KVCache, jax.Array, jax.Array]:
     """Draws `count` tokens; returns them `i32[count]` and the logits after the last."""
     model = nnx.merge(graph, state)
+    key = jax.random.key(seed)
 
-    def step(carry: tuple[KVCache, jax.Array], key: jax.Array) -> Any:
+    def step(carry: tuple[KVCache, jax.Array], _: None) -> Any:
         cache, logits = carry
-        token = sample(logits, key, sampling)
+        # The key goes by the position, so the text is the same for every count.
+        token = sample(logits, jax.random.fold_in(key, cache.length), sampling)
         hidden, cache, _ = model.hidden(token[:, None], cache)
         return (cache, model.logits(hidden[:, 0])), token[0]
 
-    (cache, logits), tokens = jax.lax.scan(step, (cache, logits), jax.random.split(key, count))
+    (cache, logits), tokens = jax.lax.scan(step, (cache, logits), length=count)
     return cache, logits, tokens
 
 
@@ -70,7 +72,7 @@ def generate(
 
     >>> text = b"".join(generate(model, "def main(", max_new_tokens=64))       # doctest: +SKIP
 
-    The same model, prompt, sampling, seed and stride give the same text.
+    The same model, prompt, sampling and seed give the same text on one machine.
 
     Args:
       model: a `Decoder` with 256 tokens.
@@ -112,14 +114,13 @@ def _stream(
     padded = min(-(-len(data) // _BUCKET) * _BUCKET, model.config.max_length)
     tokens = np.full((1, padded), SEPARATOR, np.int32)
     tokens[0, : len(data)] = np.frombuffer(data, np.uint8)
-    # Drawing ahead by up to `stride` may run past the last position: its tokens are not used.
-    cache, logits = _read(
-        graph, state, model.init_cache(1), jnp.asarray(tokens), jnp.int32(len(data))
-    )
-    key = jax.random.key(seed)
+    # NumPy numbers, since making jax ones would compile a dozen tiny programs.
+    cache, logits = _read(graph, state, tokens, np.int32(len(data)))
     for start in range(0, wanted, stride):
-        key, now = jax.random.split(key)
-        cache, logits, drawn = _draw(graph, sampling, stride, state, cache, logits, now)
+        # Drawing ahead by up to `stride` may run past the last position: its tokens are not used.
+        cache, logits, drawn = _draw(
+            graph, sampling, stride, state, cache, logits, np.uint32(seed % 2**32)
+        )
         part = np.asarray(drawn)[: wanted - start].astype(np.uint8).tobytes()
         if stop is not None and (end := part.find(stop)) >= 0:
             if end:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxmoe import checkpoint
@@ -51,15 +52,33 @@ def available_formats(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(name for name in FORMATS if (Path(folder) / _experts_file(name)).is_file())
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in path)
+def _is_stacked(path: tuple[str, ...]) -> bool:
+    return path[:2] == ("layers", "block")
 
 
-def _is_expert(path: tuple[Any, ...]) -> bool:
+def _names(path: tuple[str, ...], num_layers: int) -> list[str]:
+    """The tensors of a variable: one, or one for each of the layers that the model has stacked."""
+    if not _is_stacked(path):
+        return [".".join(path)]
+    return [".".join(("layers", str(i), *path[2:])) for i in range(num_layers)]
+
+
+def _join(path: tuple[str, ...], tensors: list[Any], dtype: Any) -> Any:
+    """The value of a variable from its tensors; in NumPy, where nothing has to be compiled."""
+
+    def one(*arrays: Any) -> jax.Array:
+        host = [np.asarray(array) for array in arrays]
+        joined = np.stack(host) if _is_stacked(path) else host[0]
+        return jax.device_put(joined if _is_expert(path) else joined.astype(dtype))
+
+    return jax.tree.map(one, *tensors)
+
+
+def _is_expert(path: tuple[str, ...]) -> bool:
     return path[-1] in _EXPERT_LEAVES
 
 
-def _variables(model: Decoder) -> dict[tuple[Any, ...], nnx.Variable]:
+def _variables(model: Decoder) -> dict[tuple[str, ...], nnx.Variable]:
     return dict(nnx.to_flat_state(nnx.state(model)))
 
 
@@ -95,10 +114,12 @@ def save(model: Decoder, folder: str | os.PathLike[str], *, dtype: Any = jnp.bfl
             value = value.astype(dtype)
         elif not isinstance(value, QuantizedTensor):
             raise ValueError(
-                f"model must have canonical weights, got {type(value).__name__} for {_name(path)}; "
-                "save the model that prepare() was called on"
+                f"model must have canonical weights, got {type(value).__name__} for "
+                f"{'.'.join(path)}; save the model that prepare() was called on"
             )
-        parts[_is_expert(path)][_name(path)] = value
+        names = _names(path, model.config.num_layers)
+        each = [value[i] for i in range(len(names))] if _is_stacked(path) else [value]
+        parts[_is_expert(path)].update(zip(names, each, strict=True))
     formats = {
         value.format.name if isinstance(value, QuantizedTensor) else "bf16"
         for value in parts[True].values()
@@ -181,25 +202,30 @@ def load(
             rngs=nnx.Rngs(0),
         )
     )
-    filled = {}
-    for path, variable in _variables(model).items():
-        expert, name = _is_expert(path), _name(path)
-        if name not in tensors[expert]:
-            raise CheckpointError(files[expert], f"lacks tensor {name!r}")
-        value, expected = tensors[expert].pop(name), _value(variable)
-        if tuple(value.shape) != tuple(expected.shape) or isinstance(
-            value, QuantizedTensor
-        ) != isinstance(expected, QuantizedTensor):
-            raise CheckpointError(
-                files[expert],
-                f"tensor {name!r} must be {type(expected).__name__} of shape "
-                f"{tuple(expected.shape)}, got {type(value).__name__} of {tuple(value.shape)}",
-            )
-        if not expert and isinstance(value, jax.Array):
-            value = value.astype(dtype)
-        filled[path] = _assign(variable, value)
+    found: dict[tuple[str, ...], list[Any]] = {}
+    variables = _variables(model)
+    for path, variable in variables.items():
+        names, expected = _names(path, config.num_layers), _value(variable)
+        shape = tuple(expected.shape)[1 if _is_stacked(path) else 0 :]
+        file, rest = files[_is_expert(path)], tensors[_is_expert(path)]
+        for name in names:
+            if name not in rest:
+                raise CheckpointError(file, f"lacks tensor {name!r}")
+            value = rest.pop(name)
+            if tuple(value.shape) != shape or isinstance(value, QuantizedTensor) != isinstance(
+                expected, QuantizedTensor
+            ):
+                raise CheckpointError(
+                    file,
+                    f"tensor {name!r} must be {type(expected).__name__} of shape {shape}, got "
+                    f"{type(value).__name__} of {tuple(value.shape)}",
+                )
+            found.setdefault(path, []).append(value)
     for expert, rest in tensors.items():
         if rest:
             raise CheckpointError(files[expert], f"tensor {min(rest)!r} is not part of the model")
+    filled = {
+        path: _assign(variables[path], _join(path, values, dtype)) for path, values in found.items()
+    }
     nnx.update(model, nnx.from_flat_state(filled))
     return model
