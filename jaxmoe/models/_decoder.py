@@ -209,7 +209,7 @@ class Layers(nnx.Module):
     """
 
     def __init__(self, count: int, make: Callable[[nnx.Rngs], Block], *, rngs: nnx.Rngs):
-        graph = None
+        graph: Any = None
 
         def one(key: jax.Array) -> Any:
             nonlocal graph  # static, and the same for every block
@@ -237,7 +237,9 @@ class Layers(nnx.Module):
 
         def step(carry: Any, inputs: Any) -> Any:
             layer, state = inputs
-            x, cache, aux = nnx.merge(graph, state)(*carry, layer)
+            block: Block = nnx.merge(graph, state)
+            x, cache = carry
+            x, cache, aux = block(x, cache, layer)
             return (x, cache), aux
 
         (x, cache), aux = jax.lax.scan(step, (x, cache), (jnp.arange(self.count), states))
@@ -338,8 +340,10 @@ class Decoder(nnx.Module):
         x, cache, aux = self.layers(self.embed(tokens), cache)
         if cache is not None:
             cache = dataclasses.replace(cache, length=cache.length + tokens.shape[1])
-        aux = DecoderAux(aux.load_balance_loss.mean(), aux.router_z_loss.mean(), aux.expert_counts)
-        return self.norm(x), cache, aux
+        means = DecoderAux(
+            aux.load_balance_loss.mean(), aux.router_z_loss.mean(), aux.expert_counts
+        )
+        return self.norm(x), cache, means
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., H]` -> `f32[..., vocab_size]`."""

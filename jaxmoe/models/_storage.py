@@ -79,7 +79,8 @@ def _is_expert(path: tuple[str, ...]) -> bool:
 
 
 def _variables(model: Decoder) -> dict[tuple[str, ...], nnx.Variable]:
-    return dict(nnx.to_flat_state(nnx.state(model)))
+    flat: Any = nnx.to_flat_state(nnx.state(model))
+    return dict(flat)
 
 
 def _value(variable: nnx.Variable) -> Any:
@@ -224,7 +225,7 @@ def load(
     for expert, rest in tensors.items():
         if rest:
             raise CheckpointError(files[expert], f"tensor {min(rest)!r} is not part of the model")
-    filled = {
+    filled: Any = {
         path: _assign(variables[path], _join(path, values, dtype)) for path, values in found.items()
     }
     nnx.update(model, nnx.from_flat_state(filled))
