@@ -80,19 +80,30 @@ def compiled(activation_name: str, weight_on_input: bool, implementation: Any):
     return jax.jit(call)
 
 
-def run(problem: Problem, implementation: Any, experts: Any = None) -> np.ndarray:
+@functools.cache
+def preparing(gated: bool):
+    """jit of prepare for the CPU variants, which all read one layout."""
+    return jax.jit(functools.partial(jaxmoe.prepare, variant="cpu_portable", gated=gated))
+
+
+def activation_arrays(problem: Problem) -> tuple[jax.Array, ...]:
+    """The activation's parameters, defaults written out, as one float32 array [E] each."""
+    params = problem.params or problems.default_params(problem.spec.activation_name)
+    shape = (problem.spec.num_experts,)
+    return tuple(jnp.asarray(np.broadcast_to(np.float32(p), shape)) for p in params)
+
+
+def run(problem: Problem, implementation: str | None, experts: Any = None) -> np.ndarray:
     """moe_mlp on a problem, compiled; checks shape and dtype of the answer.
 
-    experts: prepared ones, say, in place of the problem's canonical ones.
+    experts: what to pass; by default the canonical weights for `xla` and prepared ones for the CPU
+    variants, since rearranging them inside the call compiles for longer than all else.
     """
     spec, (x, canonical, ids, weights) = problem.spec, problem.call_args()
+    if experts is None:
+        experts = preparing(spec.gated)(canonical) if implementation in NATIVE else canonical
     y = compiled(spec.activation_name, spec.weight_on_input, implementation)(
-        x,
-        canonical if experts is None else experts,
-        ids,
-        weights,
-        jnp.int32(spec.expert_offset),
-        tuple(jnp.asarray(p, jnp.float32) for p in problem.params),
+        x, experts, ids, weights, jnp.int32(spec.expert_offset), activation_arrays(problem)
     )
     assert y.shape == problem.x.shape
     assert y.dtype == problem.x.dtype

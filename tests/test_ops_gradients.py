@@ -69,7 +69,8 @@ GRADIENT_SPECS = {
 
 # Every variant's backward pass is the `xla` one, compiled anew: all cases there, two elsewhere.
 GRADIENT_CASES = [
-    ("xla", dtype, name) for dtype in ("float32", "bfloat16") for name in GRADIENT_SPECS
+    *(("xla", "float32", name) for name in GRADIENT_SPECS),
+    *(("xla", "bfloat16", name) for name in ("swiglu", "relu2", "mxfp4", "shard", "hot_expert")),
 ] + [(native, "bfloat16", name) for native in NATIVE for name in ("swiglu", "shard")]
 
 

@@ -85,7 +85,11 @@ def test_prepared_weights_give_the_same_bits(implementation, weight_format, acti
     prepared = jaxmoe.prepare(experts, implementation, gated=spec.gated)
     for old, leaf in zip(before, jax.tree.leaves(experts), strict=True):
         assert_same_bits(old, np.asarray(leaf))
-    assert_same_bits(run(problem, implementation), run(problem, implementation, prepared))
+    want = run(problem, implementation, experts)
+    assert_same_bits(want, run(problem, implementation, prepared))
+    assert_same_bits(want, run(problem, implementation))  # and so does prepare under jit
+    if (weight_format, activation) != ("nvfp4", "swiglu"):
+        return  # the backward pass takes long to compile
 
     def loss(x, experts):
         call = compiled(activation, False, implementation)
