@@ -245,6 +245,8 @@ def _cpu(variant: str, features: frozenset[str], dtypes: tuple[str, ...], operan
         alignment=(32, 1),
         features=features,
         layout="panel32",
+        evidence="hardware",
+        record="docs/evidence/cpu-kernels.md",
     )
 
 
@@ -356,5 +358,7 @@ TABLE: tuple[Row, ...] = (
         activation_dtypes=frozenset({"bfloat16", "float16", "float32"}),
         activations=None,
         layout="canonical",
+        evidence="hardware",
+        record="docs/evidence/cpu-kernels.md",
     ),
 )
