@@ -126,8 +126,11 @@ def test_exact_grid_bit_for_bit(implementation, dtype, weight_format, activation
 @pytest.mark.parametrize("routing", problems.ROUTINGS)
 @pytest.mark.parametrize(
     ("implementation", "dtype", "tokens"),
-    [("xla", "float32", 3), ("xla", "bfloat16", 31)]
-    + list(itertools.product(NATIVE, DTYPES, [1, 3, 16, 31, 65])),
+    [
+        ("xla", "float32", 3),
+        ("xla", "bfloat16", 31),
+        *itertools.product(NATIVE, DTYPES, (1, 3, 16, 31, 65)),
+    ],
 )
 def test_exact_grid_for_every_routing_and_tile_edge(routing, implementation, dtype, tokens):
     require(implementation, dtype)
