@@ -76,7 +76,7 @@ def moe_mlp(
         where this target has it, else the nearest more accurate arithmetic.
       expert_offset: id of the first local expert; an int or an `i32[]` array.
       weight_on_input: multiply x by the routing weight before the first product, and leave the
-        result unweighted (Llama 4).
+        result unweighted (Llama 4); for k = 1.
       implementation: None (the best that this target has; always works), the name of a provider or
         variant (that one or an error), or a sequence of names (the first that is supported).
 
@@ -92,6 +92,11 @@ def moe_mlp(
     check_experts(experts, activation.gated)
     _check_tokens(x, experts.hidden_size, "x", "[T, H]")
     _check_routing(expert_ids, weights, x.shape[0])
+    if weight_on_input and expert_ids.shape[1] != 1:
+        raise ValueError(
+            "weight_on_input must be False, or expert_ids have one choice per token, got "
+            f"{expert_ids.shape[1]}: with several choices the weights belong on the outputs"
+        )
     expert_offset = _scalar(expert_offset, "expert_offset")
     resolution = kernels.select(
         moe_mlp_problem(x.dtype, experts, expert_ids.shape[1], activation, compute), implementation
@@ -150,7 +155,8 @@ def grouped_matmul(
     Args:
       x: `[M, K]`, rows sorted by group; float32, bfloat16 or float16.
       w: `[E, N, K]`; `prepare(w)` it once where speed matters.
-      group_sizes: `i32[G]`, rows of each group. Rows past their sum give zero.
+      group_sizes: `i32[G]`, rows of each group, `G = E` without `group_offset`. Rows past their sum
+        give zero.
       bias: floating-point `[E, N]`, added to the rows of each group.
       group_offset: w holds the matrices of groups `group_offset ... group_offset + E - 1`, and the
         rows of all other groups give zero; an int or an `i32[]` array. None is 0.
@@ -172,6 +178,11 @@ def grouped_matmul(
         raise ValueError(
             "group_sizes must be an int32 array with one axis, got "
             f"{group_sizes.dtype}{list(group_sizes.shape)}; convert it with .astype(jnp.int32)"
+        )
+    if group_offset is None and group_sizes.shape[0] != e:
+        raise ValueError(
+            f"group_sizes must have one size for each of w's {e} matrices, got "
+            f"{group_sizes.shape[0]}; pass group_offset if w holds only some of the groups"
         )
     out_dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
     if out_dtype not in _FLOATS:
