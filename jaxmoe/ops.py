@@ -314,8 +314,8 @@ def _mlp_backward(call: _MlpCall) -> Callable[..., xla.MlpGradients]:
     def only_per_token(shared: Any) -> bool:
         # Gradients of matrices and biases are sums over one batch entry's own tokens.
         experts = shared[0]
-        biases = (experts.gate_up_bias, experts.down_bias)
-        return not is_plain(experts.down) and biases == (None, None)
+        biased = experts.gate_up_bias is not None or experts.down_bias is not None
+        return not (biased or is_plain(experts.down))
 
     return _batched_by_folding(backward, foldable=only_per_token)
 
@@ -354,15 +354,10 @@ def _grouped_forward(call: _GroupedCall) -> Callable[..., jax.Array]:
             call.variant, x, w, sizes, bias, offset, jnp.dtype(call.out_dtype)
         )
 
-    return _batched_in_turn(forward)
+    return jax.custom_batching.sequential_vmap(forward)
 
 
-def _batched_in_turn(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f` with a batching rule that runs the batch in order."""
-    return jax.custom_batching.sequential_vmap(f)
-
-
-_grouped_backward = _batched_in_turn(xla.grouped_matmul_gradients)
+_grouped_backward = jax.custom_batching.sequential_vmap(xla.grouped_matmul_gradients)
 
 
 def _batched_by_folding(
