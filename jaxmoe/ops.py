@@ -50,7 +50,7 @@ def moe_mlp(
     ...     jaxmoe.quantize(jax.random.normal(key, (8, 128, 64)), "nvfp4"),
     ...     jaxmoe.quantize(jax.random.normal(key, (8, 64, 64)), "nvfp4"))
     >>> x = jax.random.normal(key, (5, 64))
-    >>> route = jaxmoe.routing.Router.renormalize(top_k=2)
+    >>> route = jaxmoe.routing.get_router("renormalize", top_k=2)
     >>> ids, weights = route(jax.random.normal(key, (5, 8)))
     >>> jaxmoe.moe_mlp(x, experts, ids, weights).shape
     (5, 64)
@@ -102,7 +102,7 @@ def moe_mlp(
         moe_mlp_problem(x.dtype, experts, expert_ids.shape[1], activation, compute), implementation
     )
     call = _MlpCall(resolution.variant, MlpConfig(type(activation), weight_on_input))
-    return _moe_mlp(
+    return _moe_mlp_jit(
         call,
         x,
         kernels.lay_out(experts, resolution, activation.gated),
@@ -203,7 +203,7 @@ def grouped_matmul(
     )
     resolution = kernels.select(problem, implementation)
     call = _GroupedCall(resolution.variant, out_dtype.name)
-    return _grouped_matmul(
+    return _grouped_matmul_jit(
         call, x, kernels.lay_out(w, resolution, False), group_sizes, bias, offset
     )
 
@@ -290,6 +290,7 @@ def _moe_mlp_bwd(call: _MlpCall, residuals: Any, cotangent: jax.Array) -> tuple[
 
 
 _moe_mlp.defvjp(_moe_mlp_fwd, _moe_mlp_bwd)
+_moe_mlp_jit = jax.jit(_moe_mlp, static_argnums=0)  # outside jit, a second call is not traced again
 
 
 @functools.cache
@@ -343,6 +344,7 @@ def _grouped_bwd(call: _GroupedCall, residuals: Any, cotangent: jax.Array) -> tu
 
 
 _grouped_matmul.defvjp(_grouped_fwd, _grouped_bwd)
+_grouped_matmul_jit = jax.jit(_grouped_matmul, static_argnums=0)
 
 
 @functools.cache

@@ -14,6 +14,8 @@ K are padded with zero elements and zero scale bytes.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -114,6 +116,7 @@ def unpack_matrix(
     return elements[:, : k // 2], scale[:, : k // fmt.block_size]
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def pack(w: QuantizedTensor, gated: bool) -> PreparedMatrix:
     """Packs `[E, N, K]`, one expert after the other."""
     assert w.scale is not None
