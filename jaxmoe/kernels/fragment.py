@@ -210,7 +210,8 @@ def pack(w: QuantizedTensor, gated: bool) -> PreparedMatrix:
     assert w.scale is not None
     scale = jax.lax.bitcast_convert_type(w.scale, jnp.uint8)
     data, global_scale = jax.lax.map(
-        lambda one: pack_matrix(*one, gated), (w.packed(), scale, w.global_scale)
+        lambda one: pack_matrix(one[0], one[1], one[2], gated),
+        (w.packed(), scale, w.global_scale),
     )
     return PreparedMatrix(
         data=data,
