@@ -88,6 +88,11 @@ def test_panel_layout_byte_for_byte():
     assert dword[within % 8 // 2] == elements[row, at // 2]
 
 
+def test_a_single_matrix_is_aligned_along_k_alone():
+    w = jaxmoe.quantize(jax.random.normal(KEY, (3, 40, 96)), "nvfp4")
+    assert jaxmoe.prepare(w, "cpu_portable").shape == (3, 40, 96)
+
+
 def test_prepared_weights_of_another_layout_are_refused():
     prepared = jaxmoe.prepare(experts(), "cpu_portable")
     with pytest.raises(ValueError, match=r"prepared in layout 'panel32', but xla.*'canonical'"):

@@ -65,18 +65,19 @@ def select(problem: Problem, implementation: Any = None) -> Resolution:
 
 def layout_for(experts: ExpertWeights | QuantizedTensor, variant: str | None, gated: bool) -> str:
     """The layout that `variant`, or the variant selected for the current target, reads."""
+    grouped = isinstance(experts, QuantizedTensor)
     w = experts if isinstance(experts, QuantizedTensor) else experts.down
     if is_plain(w):
         return CANONICAL
     problem = Problem(
-        op="grouped_matmul" if isinstance(experts, QuantizedTensor) else "moe_mlp",
+        op="grouped_matmul" if grouped else "moe_mlp",
         weight_format=format_of(w).name,
         compute="auto",
         activation_dtype="bfloat16",
         activation="swiglu" if gated else "identity",
         bias=False,
-        hidden_size=w.shape[1],
-        intermediate_size=w.shape[2],
+        hidden_size=w.shape[2 if grouped else 1],  # K of a single matrix
+        intermediate_size=w.shape[1 if grouped else 2],
         num_experts=w.shape[0],
         top_k=1,
     )
