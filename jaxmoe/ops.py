@@ -194,6 +194,7 @@ def grouped_matmul(
         op="grouped_matmul",
         weight_format=format_of(w).name,
         activation_dtype=str(x.dtype),
+        result_dtype=out_dtype.name,
         activation="identity",
         bias=bias is not None,
         hidden_size=k,

@@ -22,6 +22,7 @@ IMPLEMENTATIONS = (
     "cpu_amx",
 )
 NATIVE = IMPLEMENTATIONS[1:]
+GPU = ("sm90_w4a16",)  # their tests are in tests/gpu
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 DTYPES, FORMATS = ("float32", "bfloat16"), ("nvfp4", "mxfp4")
@@ -81,9 +82,20 @@ def compiled(activation_name: str, weight_on_input: bool, implementation: Any):
 
 
 @functools.cache
-def preparing(gated: bool):
-    """jit of prepare for the CPU variants, which all read one layout."""
-    return jax.jit(functools.partial(jaxmoe.prepare, variant="cpu_portable", gated=gated))
+def preparing(variant: str, gated: bool):
+    """jit of prepare for a native variant."""
+    return jax.jit(functools.partial(jaxmoe.prepare, variant=variant, gated=gated))
+
+
+def prepared(experts: Any, implementation: str | None, gated: bool) -> Any:
+    """What `run` passes: canonical weights for `xla`, prepared ones for the native variants.
+
+    Rearranging them inside the call would compile for longer than all else. The CPU variants read
+    one layout, which is prepared once.
+    """
+    if implementation not in NATIVE and implementation not in GPU:
+        return experts
+    return preparing("cpu_portable" if implementation in NATIVE else implementation, gated)(experts)
 
 
 def activation_arrays(problem: Problem) -> tuple[jax.Array, ...]:
@@ -96,12 +108,11 @@ def activation_arrays(problem: Problem) -> tuple[jax.Array, ...]:
 def run(problem: Problem, implementation: str | None, experts: Any = None) -> np.ndarray:
     """moe_mlp on a problem, compiled; checks shape and dtype of the answer.
 
-    experts: what to pass; by default the canonical weights for `xla` and prepared ones for the CPU
-    variants, since rearranging them inside the call compiles for longer than all else.
+    experts: what to pass; `prepared` by default.
     """
     spec, (x, canonical, ids, weights) = problem.spec, problem.call_args()
     if experts is None:
-        experts = preparing(spec.gated)(canonical) if implementation in NATIVE else canonical
+        experts = prepared(canonical, implementation, spec.gated)
     y = compiled(spec.activation_name, spec.weight_on_input, implementation)(
         x, experts, ids, weights, jnp.int32(spec.expert_offset), activation_arrays(problem)
     )

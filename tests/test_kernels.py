@@ -1,7 +1,9 @@
 """The dispatch: manifest against table, layouts, self-tests, and what a call lowers to."""
 
 import concurrent.futures
+import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 
 import jaxmoe
 from jaxmoe import capability, kernels
-from jaxmoe.kernels import cpu, panel
+from jaxmoe.kernels import cpu, fragment, layouts, native, panel, sm90, xla
 
 KEY = jax.random.key(0)
 
@@ -42,6 +44,21 @@ def test_manifest_and_table_agree_in_both_directions():
     assert {row.layout for row in rows} == {panel.NAME}
 
 
+def test_hopper_manifest_and_table_agree_in_both_directions():
+    """Loading the library needs no GPU, so that a build is checked where it is made."""
+    module, why = sm90.library()
+    if module is None:
+        pytest.skip(why)
+    rows = [row for row in capability.TABLE if row.family == "sm90"]
+    assert capability.check_manifest(module.manifest(), rows) == []
+    assert {row.layout for row in rows} == {fragment.NAME}
+    (variant,) = module.manifest()["variants"]
+    assert module.manifest()["library"] == "sm90"
+    assert (
+        max(sm90.tactics(variant).values()) == module.manifest()["variants"][variant]["smem_bytes"]
+    )
+
+
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
 @pytest.mark.parametrize(("n", "k"), [(32, 32), (64, 96), (96, 160), (224, 64)])
@@ -69,6 +86,11 @@ def test_panel_layout_byte_for_byte():
     assert superblock[within // 16 * 32 + lane] == scale[row, at // 16]
     dword = superblock[128 + (within // 8 * 32 + lane) * 4 :][:4]
     assert dword[within % 8 // 2] == elements[row, at // 2]
+
+
+def test_a_single_matrix_is_aligned_along_k_alone():
+    w = jaxmoe.quantize(jax.random.normal(KEY, (3, 40, 96)), "nvfp4")
+    assert jaxmoe.prepare(w, "cpu_portable").shape == (3, 40, 96)
 
 
 def test_prepared_weights_of_another_layout_are_refused():
@@ -134,7 +156,7 @@ def test_a_missing_library_is_a_sentence(monkeypatch):
 
     cpu.library.cache_clear()
     kernels._libraries.cache_clear()
-    monkeypatch.setattr(cpu.importlib, "import_module", gone)
+    monkeypatch.setattr(native.importlib, "import_module", gone)
     try:
         assert "libgone.so" in cpu.library()[1]
         resolution = jaxmoe.explain(problem())
@@ -189,3 +211,119 @@ def test_calls_from_many_threads_at_once_give_the_bits_of_one():
         for _ in range(5):
             for got, want in zip(pool.map(layer, inputs), expected, strict=True):
                 np.testing.assert_array_equal(got, want)
+
+
+# --- the Hopper family, where neither its library nor its GPU is needed ---------------------------
+
+
+@pytest.fixture
+def hopper_library(monkeypatch):
+    """A stand-in for jaxmoe._sm90, of which lowering needs only sizes and names."""
+    sizes = []
+
+    def workspace_bytes(op, **kwargs):
+        sizes.append((op, kwargs))
+        return 512
+
+    module = types.SimpleNamespace(
+        manifest=lambda: {"variants": {"sm90_w4a16": {"tactics": {"small": 1}}}},
+        registrations=dict,
+        workspace_bytes=workspace_bytes,
+    )
+    monkeypatch.setattr(sm90, "library", lambda: (module, ""))
+    caches = (kernels._libraries, sm90._native)
+    for cache in caches:
+        cache.cache_clear()
+    yield sizes
+    for cache in caches:
+        cache.cache_clear()
+    jax.clear_caches()
+
+
+def lowered_for_hopper(f, *args):
+    with jaxmoe.override(target="h100"):
+        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
+def test_hopper_calls_lower_to_one_versioned_custom_call(hopper_library, fmt):
+    x, ids, w = call(dtype=jnp.bfloat16)
+    with jaxmoe.override(target="h100"):
+        prepared = jaxmoe.prepare(experts(fmt))
+    assert prepared.layout == fragment.NAME
+    text = lowered_for_hopper(lambda x, e: jaxmoe.moe_mlp(x, e, ids, w), x, prepared)
+    assert re.findall(r"custom_call @(jaxmoe\w+)", text) == ["jaxmoe_moe_mlp_sm90_v1"]
+    for attribute in ('tactic = ""', 'variant = "sm90_w4a16"', f'format = "{fmt}"'):
+        assert attribute in text
+    ((op, sizes),) = hopper_library
+    assert op == "moe_mlp"
+    assert sizes["hidden_size"] == 96
+    assert sizes["x_dtype"] == "bfloat16"
+    sizes = jnp.array([1, 2, 0, 2], jnp.int32)
+    text = lowered_for_hopper(
+        lambda x: jaxmoe.grouped_matmul(x[:, :32], prepared.down, sizes), x.astype(jnp.float16)
+    )
+    assert re.findall(r"custom_call @(jaxmoe\w+)", text) == ["jaxmoe_grouped_matmul_sm90_v1"]
+
+
+@pytest.mark.usefixtures("hopper_library")
+def test_what_the_hopper_kernels_cannot_do_lowers_to_xla():
+    x, ids, w = call()
+    text = lowered_for_hopper(lambda x, e: jaxmoe.moe_mlp(x, e, ids, w), x, experts())
+    assert "jaxmoe_moe_mlp" not in text
+    sizes = jnp.array([1, 2, 0, 2], jnp.int32)
+    text = lowered_for_hopper(
+        lambda x, m: jaxmoe.grouped_matmul(x, m, sizes, preferred_element_type=jnp.float32),
+        x[:, :32].astype(jnp.bfloat16),
+        experts().down,
+    )
+    assert "jaxmoe_grouped_matmul" not in text
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
+def test_xla_reads_every_layout(fmt):
+    """The gradients of a native variant are xla's, on the weights that it was given."""
+    canonical = experts(fmt)
+    x, ids, w = call()
+    config = xla.MlpConfig(jaxmoe.SwiGLU, weight_on_input=False)
+    rest = (ids, w, jaxmoe.SwiGLU().params(4), jnp.int32(0))
+    run = jax.jit(functools.partial(xla.moe_mlp, config))
+    want = run(x, canonical, *rest)
+    for layout in layouts.LAYOUTS.values():
+        prepared = jaxmoe.ExpertWeights(
+            layout.pack(canonical.gate_up, True), layout.pack(canonical.down, False)
+        )
+        np.testing.assert_array_equal(run(x, prepared, *rest), want)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_hopper_self_test_judges_numbers_inside_any_trace(monkeypatch, factor):
+    """On the CPU, with xla in place of the kernel: right numbers pass and wrong ones do not."""
+
+    def stand_in(config, variant, x, *rest):
+        return (factor * xla.moe_mlp(config, x, *rest)).astype(x.dtype)
+
+    monkeypatch.setattr(sm90, "moe_mlp", stand_in)
+    monkeypatch.setattr(sm90, "_device", lambda: jax.local_devices(backend="cpu")[0])
+    found = []
+
+    def traced(x):
+        found.append(sm90.self_test.__wrapped__("sm90_w4a16"))
+        return x
+
+    mesh = jax.make_mesh((1,), ("i",))
+    spec = jax.sharding.PartitionSpec()
+    with jax.set_mesh(mesh):
+        inside = jax.shard_map(traced, in_specs=spec, out_specs=spec)
+        jax.jit(jax.vmap(jax.grad(lambda x: inside(x[None])[0])))(jnp.ones(3))
+    assert found
+    for reason in found:
+        if factor == 1.0:
+            assert reason == ""
+        else:
+            assert re.match(r"a relative error of 1\.\de-01 with nvfp4 weights", reason)
+
+
+def test_hopper_self_test_without_a_hopper_gpu_has_nothing_to_say():
+    if sm90._device() is None:
+        assert sm90.self_test("sm90_w4a16") == ""

@@ -369,6 +369,7 @@ def run_grouped(variant, x, weights, sizes, *, offset=0, bias=None, overrides=()
         n=n,
         k=k,
         num_experts=experts,
+        num_groups=len(sizes),
         x_dtype=str(x.dtype),
         variant=variant,
     )

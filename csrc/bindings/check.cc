@@ -14,6 +14,9 @@ std::string dims_text(const std::vector<int64_t>& dims) {
 
 }  // namespace
 
+std::string text(int64_t value) { return std::to_string(value); }
+std::string quoted(std::string_view value) { return "'" + std::string(value) + "'"; }
+
 std::string dtype_name(ffi::DataType dtype) {
   switch (dtype) {
     case ffi::DataType::PRED:

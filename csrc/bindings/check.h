@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -31,6 +32,9 @@ class Check {
   std::string message_;
 };
 
+std::string text(int64_t value);
+// 'value'
+std::string quoted(std::string_view value);
 std::string dtype_name(ffi::DataType dtype);
 // "f32[2,3]"
 std::string describe(const ffi::AnyBuffer& buffer);

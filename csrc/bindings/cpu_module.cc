@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "bindings/cpu_handlers.h"
+#include "bindings/module.h"
 #include "cpu/features.h"
 #include "cpu/moe_mlp.h"
 #include "cpu/self_test.h"
@@ -18,13 +19,11 @@ using namespace nb::literals;
 namespace {
 
 using namespace jaxmoe::cpu;
+using jaxmoe::at_least_zero;
+using jaxmoe::check_op;
+using jaxmoe::handler;
 
 constexpr int kAbi = 1;
-
-// jax.ffi.register_ffi_target takes capsules of this name.
-nb::capsule handler(XLA_FFI_Handler* function) {
-  return nb::capsule(reinterpret_cast<void*>(function), "xla._CUSTOM_CALL_TARGET");
-}
 
 nb::dict registrations() {
   nb::dict targets;
@@ -40,22 +39,7 @@ nb::dict manifest() {
     entry["features"] = required_features(variant);
     variants[variant_name(variant)] = entry;
   }
-  nb::list formats, activations, ops;
-  for (int i = 0; i < kNumFormats; ++i) formats.append(format_name(static_cast<Format>(i)));
-  for (int i = 0; i < kNumActivations; ++i) {
-    activations.append(activation_info(static_cast<Activation>(i)).name);
-  }
-  ops.append("moe_mlp");
-  ops.append("grouped_matmul");
-  nb::dict result;
-  result["abi"] = kAbi;
-  result["library"] = "cpu";
-  result["layout"] = "panel32";
-  result["variants"] = variants;
-  result["formats"] = formats;
-  result["activations"] = activations;
-  result["ops"] = ops;
-  return result;
+  return jaxmoe::library_manifest(kAbi, "cpu", "panel32", variants);
 }
 
 Variant built_variant(const std::string& name) {
@@ -75,19 +59,6 @@ Dtype dtype_of(const std::string& name) {
   throw nb::value_error(("x_dtype must be 'float32' or 'bfloat16', got '" + name + "'").c_str());
 }
 
-void check_op(const std::string& op, const char* expected) {
-  if (op == expected) return;
-  throw nb::value_error(
-      ("op must be '" + std::string(expected) + "' with these arguments, got '" + op + "'")
-          .c_str());
-}
-
-int64_t at_least_zero(const char* name, int64_t value) {
-  if (value >= 0) return value;
-  throw nb::value_error(
-      (std::string(name) + " must be >= 0, got " + std::to_string(value)).c_str());
-}
-
 // `gated` is taken so that every caller states it; the workspace holds activations, which are I
 // wide either way.
 int64_t moe_mlp_workspace(const std::string& op, int64_t tokens, int64_t hidden_size,
@@ -103,13 +74,14 @@ int64_t moe_mlp_workspace(const std::string& op, int64_t tokens, int64_t hidden_
 
 // Every thread's scratch is its own; nothing is shared between phases.
 int64_t grouped_matmul_workspace(const std::string& op, int64_t rows, int64_t n, int64_t k,
-                                 int64_t num_experts, const std::string& x_dtype,
-                                 const std::string& variant) {
+                                 int64_t num_experts, int64_t num_groups,
+                                 const std::string& x_dtype, const std::string& variant) {
   check_op(op, "grouped_matmul");
   at_least_zero("rows", rows);
   at_least_zero("n", n);
   at_least_zero("k", k);
   at_least_zero("num_experts", num_experts);
+  at_least_zero("num_groups", num_groups);
   dtype_of(x_dtype);
   built_variant(variant);
   return 0;
@@ -134,5 +106,6 @@ NB_MODULE(_cpu, m) {
         "intermediate_size"_a, "num_experts"_a, "top_k"_a, "gated"_a, "x_dtype"_a, "variant"_a,
         "Bytes of moe_mlp's workspace output.");
   m.def("workspace_bytes", &grouped_matmul_workspace, "op"_a, nb::kw_only(), "rows"_a, "n"_a, "k"_a,
-        "num_experts"_a, "x_dtype"_a, "variant"_a, "Bytes of grouped_matmul's workspace output.");
+        "num_experts"_a, "num_groups"_a, "x_dtype"_a, "variant"_a,
+        "Bytes of grouped_matmul's workspace output.");
 }

@@ -15,7 +15,7 @@ import numpy as np
 from jaxmoe.benchmark.layers import Layer
 from jaxmoe.experts import CANONICAL, ExpertWeights, Matrix, PreparedMatrix
 from jaxmoe.formats import FLOAT8_E4M3, Format, get_format
-from jaxmoe.kernels import LAYOUTS, panel
+from jaxmoe.kernels import layouts, panel
 from jaxmoe.quantization import QuantizedTensor, dequantize
 
 _ELEMENT_RMS = math.sqrt(68.5 / 8)  # of the sixteen e2m1 codes
@@ -93,7 +93,7 @@ def random_experts(layer: Layer, weight_format: str, layout: str, seed: int) -> 
     Args:
       layer: sizes.
       weight_format: `nvfp4` or `mxfp4`.
-      layout: a key of `jaxmoe.kernels.LAYOUTS`, or `canonical`.
+      layout: a key of `jaxmoe.kernels.layouts.LAYOUTS`, or `canonical`.
       seed: of the random bytes.
     """
     fmt = get_format(weight_format)
@@ -103,7 +103,7 @@ def random_experts(layer: Layer, weight_format: str, layout: str, seed: int) -> 
     def matrix(n: int, k: int, gated: bool) -> Matrix:
         if layout in _MAKERS:
             return _MAKERS[layout](rng, e, n, k, fmt, gated)
-        return LAYOUTS[layout](_canonical(rng, e, n, k, fmt, gated), gated)
+        return layouts.pack(_canonical(rng, e, n, k, fmt, gated), layout, gated)
 
     return ExpertWeights(matrix(2 * i, h, True), matrix(h, i, False))
 
@@ -122,7 +122,7 @@ def random_tokens(layer: Layer, tokens: int, dtype: Any, seed: int) -> tuple[jax
 def _expert(w: Matrix, expert: int) -> np.ndarray:
     """`f64[N, K]`, exactly what the bits say."""
     index = jnp.array([expert], jnp.int32)
-    part: Any = panel.unpack(w, index) if isinstance(w, PreparedMatrix) else w[index]
+    part: Any = layouts.unpack(w, index) if isinstance(w, PreparedMatrix) else w[index]
     if part.global_scale is None:
         return np.asarray(dequantize(part)[0], np.float64)
     # Element times block scale is exact in float32; times the global scale only in float64.
@@ -134,7 +134,7 @@ def reference(experts: ExpertWeights, tokens: tuple[jax.Array, ...], rows: Any) 
     """`f64[len(rows), H]`: the layer in float64 for some of the tokens.
 
     Args:
-      experts: weights, canonical or in layout `panel32`.
+      experts: weights, canonical or prepared.
       tokens: what `random_tokens` gave.
       rows: which tokens.
     """

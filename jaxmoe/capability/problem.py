@@ -24,6 +24,7 @@ class Problem:
       compute: the arithmetic, strictly, or `auto`: what the checkpoint declares, or the nearest
         more accurate one that the target has.
       activation_dtype: dtype of `x`.
+      result_dtype: dtype of the result of `grouped_matmul`; None is that of `x`.
       activation: name of the activation function; `grouped_matmul` has none and ignores it.
       bias: whether biases are added.
       hidden_size: `H`; for `grouped_matmul`, K.
@@ -38,6 +39,7 @@ class Problem:
     weight_format: str
     compute: str = "auto"
     activation_dtype: str = "bfloat16"
+    result_dtype: str | None = None
     activation: str = "swiglu"
     bias: bool = False
     hidden_size: int

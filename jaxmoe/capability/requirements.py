@@ -89,10 +89,16 @@ def _compute(row: Row, problem: Problem, target: Target, table: Sequence[Row]) -
 
 
 def _dtype(row: Row, problem: Problem, target: Target, table: Sequence[Row]) -> str | None:
-    if problem.activation_dtype in row.activation_dtypes:
-        return None
-    dtypes = " or ".join(sorted(row.activation_dtypes))
-    return f"requires x of dtype {dtypes}; got {problem.activation_dtype}: cast x"
+    x, result = problem.activation_dtype, problem.result_dtype
+    if x not in row.activation_dtypes:
+        dtypes = " or ".join(sorted(row.activation_dtypes))
+        return f"requires x of dtype {dtypes}; got {x}: cast x"
+    if not row.any_result and result not in (None, x):
+        return (
+            f"requires a result of x's dtype {x}; got preferred_element_type {result}: leave it "
+            "out and cast the result, or let xla round the float32 sums to it"
+        )
+    return None
 
 
 def _activation(row: Row, problem: Problem, target: Target, table: Sequence[Row]) -> str | None:

@@ -88,19 +88,26 @@ def _cpu_library() -> list[str]:
 
 def _cuda_libraries() -> list[str]:
     built = kernels.installation()["built"]
-    families: dict[str, bool] = {}
+    families: dict[str, list[str]] = {}
     for row in _native_rows("cuda"):
-        families[row.family] = families.get(row.family, False) or row.variant in built
-    present = [family for family, is_built in families.items() if is_built]
-    absent = [family for family, is_built in families.items() if not is_built]
-    sentences = []
-    if present:
-        sentences.append(f"CUDA: the families {', '.join(present)} are built.")
+        families.setdefault(row.family, []).extend({row.variant} & built)
+    sentences = [
+        f"CUDA: the library jaxmoe._{family} is built, with {', '.join(variants)}."
+        for family, variants in families.items()
+        if variants
+    ]
+    absent = [family for family, variants in families.items() if not variants]
     if absent:
+        asked = " or ".join(family for family in absent if family in kernels.FAMILIES)
+        way_out = (
+            f"{asked} is built where it is asked for, with nvcc and -C "
+            f"cmake.define.JAXMOE_CUDA_FAMILIES={asked}"
+            if asked
+            else "this version has no kernels for them"
+        )
         sentences.append(
-            f"CUDA: the families {', '.join(absent)} are not in this build (no nvcc was found, or "
-            "the CMake option JAXMOE_CUDA_FAMILIES left them out); GPUs of theirs run the xla "
-            "kernels."
+            f"CUDA: the families {', '.join(absent)} are not in this build ({way_out}); GPUs of "
+            "theirs run the xla kernels."
         )
     return sentences
 
@@ -125,8 +132,24 @@ def run_checks() -> list[Check]:
             Check("library and table agree", not differences, "; ".join(differences) or "yes")
         )
         checks += [_attempt(f"{row.variant} self-test", _self_test, row) for row in rows]
+    checks += _cuda_checks()
     for row in [*_native_rows("cpu"), *(r for r in TABLE if r.platform is None)]:
         checks.append(_attempt(f"{row.variant} numbers", _numbers, row))
+    return checks
+
+
+def _cuda_checks() -> list[Check]:
+    """The GPU libraries that are built: their manifests, and their self-tests on this GPU."""
+    checks = []
+    for family in dict.fromkeys(row.family for row in _native_rows("cuda")):
+        module = kernels.FAMILIES[family].library()[0] if family in kernels.FAMILIES else None
+        if module is None:
+            continue
+        rows = [row for row in _native_rows("cuda") if row.family == family]
+        differences = check_manifest(module.manifest(), rows)
+        name = f"jaxmoe._{family} and table agree"
+        checks.append(Check(name, not differences, "; ".join(differences) or "yes"))
+        checks += [_attempt(f"{row.variant} self-test", _self_test, row) for row in rows]
     return checks
 
 
@@ -138,10 +161,11 @@ def _attempt(name: str, check: Callable[[Row], tuple[bool | None, str]], row: Ro
 
 
 def _obstacle(row: Row) -> str:
-    """Why this machine's CPU cannot run a variant, or ""."""
+    """Why this machine cannot run a variant, or ""."""
     problem = _problem(row, "nvfp4", "bfloat16")
     # Built and tested or not is what the checks find out; here the machine alone counts.
-    target = dataclasses.replace(_host(), disqualified=())
+    here = _host() if row.platform in (None, "cpu") else find_target(None)
+    target = dataclasses.replace(here, disqualified=())
     rejected = try_resolve(problem, target, row.variant).rejected
     return next((r.detail for r in rejected if r.variant == row.variant), "")
 
@@ -165,7 +189,7 @@ def _problem(row: Row, weight_format: str, dtype: str) -> Problem:
 def _self_test(row: Row) -> tuple[bool | None, str]:
     if obstacle := _obstacle(row):
         return None, obstacle
-    why = cpu.self_test(row.variant)
+    why = kernels.FAMILIES[row.family].self_test(row.variant)
     return not why, why or "passed"
 
 

@@ -1,15 +1,15 @@
 """Kernels: one module per family behind one dispatch.
 
 To add a family: write `kernels/<family>.py` with `moe_mlp` and `grouped_matmul` of the signatures
-in `kernels/cpu.py`, add its layout to `LAYOUTS` and itself to `_FAMILIES`, and its rows to the
-capability table. Nothing else asks which family a variant belongs to.
+in `kernels/cpu.py`, add its layout to `layouts.LAYOUTS` and itself to `FAMILIES`, and its rows to
+the capability table. Nothing else asks which family a variant belongs to.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -18,15 +18,11 @@ import jax
 from jaxmoe import capability
 from jaxmoe.capability import TABLE, Problem, Resolution, Row
 from jaxmoe.experts import CANONICAL, ExpertWeights, PreparedMatrix, format_of, is_plain
-from jaxmoe.kernels import cpu, panel, xla
+from jaxmoe.kernels import cpu, layouts, sm90, xla
 from jaxmoe.kernels.xla import MlpConfig
 from jaxmoe.quantization import QuantizedTensor
 
-LAYOUTS: Mapping[str, Callable[[QuantizedTensor, bool], PreparedMatrix]] = MappingProxyType(
-    {panel.NAME: panel.pack}
-)
-
-_FAMILIES: Mapping[str, ModuleType] = MappingProxyType({"cpu": cpu})
+FAMILIES: Mapping[str, ModuleType] = MappingProxyType({"cpu": cpu, "sm90": sm90})
 _ROWS: Mapping[str, Row] = MappingProxyType({row.variant: row for row in TABLE})
 _disqualified: dict[str, str] = {}
 
@@ -36,11 +32,11 @@ def _libraries() -> tuple[frozenset[str], frozenset[str]]:
     """Built variants and the features of this machine's CPU, asked of the libraries once."""
     built: set[str] = set()
     features: set[str] = set()
-    for family in _FAMILIES.values():
+    for family in FAMILIES.values():
         module, _ = family.library()
         if module is not None:
             built |= set(module.manifest()["variants"])
-            features |= set(module.cpu_features())
+            features |= family.features()
     return frozenset(built), frozenset(features)
 
 
@@ -59,9 +55,9 @@ def select(problem: Problem, implementation: Any = None) -> Resolution:
     while True:
         resolution = capability.select(problem, implementation, **installation())
         row = _ROWS[resolution.variant]
-        if row.family not in _FAMILIES or capability.current_override().target is not None:
+        if row.family not in FAMILIES or capability.current_override().target is not None:
             return resolution  # nothing native, or tracing for a machine that may not be this one
-        why = _FAMILIES[row.family].self_test(row.variant)
+        why = FAMILIES[row.family].self_test(row.variant)
         if not why:
             return resolution
         _disqualified[row.variant] = why
@@ -69,18 +65,19 @@ def select(problem: Problem, implementation: Any = None) -> Resolution:
 
 def layout_for(experts: ExpertWeights | QuantizedTensor, variant: str | None, gated: bool) -> str:
     """The layout that `variant`, or the variant selected for the current target, reads."""
+    grouped = isinstance(experts, QuantizedTensor)
     w = experts if isinstance(experts, QuantizedTensor) else experts.down
     if is_plain(w):
         return CANONICAL
     problem = Problem(
-        op="grouped_matmul" if isinstance(experts, QuantizedTensor) else "moe_mlp",
+        op="grouped_matmul" if grouped else "moe_mlp",
         weight_format=format_of(w).name,
         compute="auto",
         activation_dtype="bfloat16",
         activation="swiglu" if gated else "identity",
         bias=False,
-        hidden_size=w.shape[1],
-        intermediate_size=w.shape[2],
+        hidden_size=w.shape[2 if grouped else 1],  # K of a single matrix
+        intermediate_size=w.shape[1 if grouped else 2],
         num_experts=w.shape[0],
         top_k=1,
     )
@@ -89,7 +86,7 @@ def layout_for(experts: ExpertWeights | QuantizedTensor, variant: str | None, ga
 
 def to_layout(w: Any, layout: str, *, gated: bool) -> PreparedMatrix:
     """A canonical matrix in another layout."""
-    return LAYOUTS[layout](w, gated)
+    return layouts.pack(w, layout, gated)
 
 
 def lay_out(weights: Any, resolution: Resolution, gated: bool) -> Any:
@@ -121,14 +118,14 @@ def lay_out(weights: Any, resolution: Resolution, gated: bool) -> Any:
 def moe_mlp(variant: str, config: MlpConfig, *operands: Any) -> jax.Array:
     """Runs `variant`; the operands are those of `xla.moe_mlp`."""
     family = _ROWS[variant].family
-    if family in _FAMILIES:
-        return _FAMILIES[family].moe_mlp(config, variant, *operands)
+    if family in FAMILIES:
+        return FAMILIES[family].moe_mlp(config, variant, *operands)
     return xla.moe_mlp(config, *operands)
 
 
 def grouped_matmul(variant: str, *operands: Any) -> jax.Array:
     """Runs `variant`; the operands are those of `xla.grouped_matmul`."""
     family = _ROWS[variant].family
-    if family in _FAMILIES:
-        return _FAMILIES[family].grouped_matmul(variant, *operands)
+    if family in FAMILIES:
+        return FAMILIES[family].grouped_matmul(variant, *operands)
     return xla.grouped_matmul(*operands)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxmoe.activations import Activation
 from jaxmoe.experts import ExpertWeights, Matrix, PreparedMatrix, is_plain
 from jaxmoe.kernels import blocks as blk
-from jaxmoe.kernels import panel
+from jaxmoe.kernels import layouts
 from jaxmoe.quantization import QuantizedTensor, dequantize
 
 
@@ -36,7 +36,7 @@ def _dequantize(w: Matrix, expert: jax.Array, dtype: Any) -> tuple[jax.Array, ja
     """
     one = jnp.ones(expert.shape, jnp.float32)
     if isinstance(w, PreparedMatrix):
-        part = panel.unpack(w, expert)
+        part = layouts.unpack(w, expert)
     elif isinstance(w, QuantizedTensor):
         part = w[expert]
     else:
