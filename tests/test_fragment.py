@@ -1,5 +1,7 @@
 """The Hopper weight layout against a slow reading of its description, byte for byte."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -89,11 +91,9 @@ def slow_pack(fmt, data, scale, gated):
                                 for bit, place in zip((3, 2, 1, 0), PLACES[r], strict=True):
                                     dword |= (code >> bit & 1) << (place + 16 * half)
                         out += dword.to_bytes(4, "little")
-            for w in range(4):
-                for g in range(8):
-                    for rr in (g, g + 8):
-                        for i in range(per_block):
-                            out.append(scale_byte(source(s, w, rr), 64 * b + i * size))
+            places = itertools.product(range(4), range(8), range(per_block), (0, 8))
+            for w, g, i, half in places:
+                out.append(scale_byte(source(s, w, g + half), 64 * b + i * size))
     return np.frombuffer(bytes(out), np.uint8)
 
 

@@ -5,7 +5,7 @@ of K, so that a block is one contiguous copy and each thread finds in it what it
 
     strip s, block b:
       elements  [4 warps, 8 rows g, 4 columns c, 4 steps j] dwords of eight elements
-      scales    [4 warps, 8 rows g] x (scales of row g, then of row g + 8), one byte each
+      scales    [4 warps, 8 rows g, scales of a row, 2: row g and row g + 8], one byte each
 
 The dword of (w, g, c, j) holds, for each register r of an `mma` A fragment, the elements
 `k = 64 b + 16 j + 2 c + 8 (r >> 1)` (low half) and `k + 1` (high half) of row `g + 8 (r & 1)` of
@@ -185,7 +185,7 @@ def pack_matrix(
     scale = jnp.pad(scale, ((0, 0), (0, blocks * per_block - scale.shape[1])))
     e = _pack_elements(_to_warps(elements, gated))
     s = _to_warps(scale, gated).reshape(e.shape[0], _WARPS, 2, _ROWS, blocks, per_block)
-    s = s.transpose(0, 4, 1, 3, 2, 5).reshape(e.shape[0], blocks, STRIP * per_block)
+    s = s.transpose(0, 4, 1, 3, 5, 2).reshape(e.shape[0], blocks, STRIP * per_block)
     return jnp.concatenate([e, s], axis=-1).reshape(-1), global_scale
 
 
@@ -198,7 +198,7 @@ def unpack_matrix(
     both = packed.reshape(num_strips(rows, gated), -1, block_bytes(fmt))
     e, s = both[..., :_ELEMENT_BYTES], both[..., _ELEMENT_BYTES:]
     elements = _from_warps(_unpack_elements(e), rows, gated)
-    s = s.reshape(*s.shape[:2], _WARPS, _ROWS, 2, per_block).transpose(0, 2, 4, 3, 1, 5)
+    s = s.reshape(*s.shape[:2], _WARPS, _ROWS, per_block, 2).transpose(0, 2, 5, 3, 1, 4)
     code = _from_warps(s.reshape(*s.shape[:4], -1), rows, gated)
     scale = _decode_nvfp4(code) if fmt.has_global_scale else _decode_mxfp4(code, global_scale)
     return elements[:, : k // 2], scale[:, : k // fmt.block_size]

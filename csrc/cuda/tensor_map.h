@@ -1,0 +1,19 @@
+// Tensor maps of row-major 16-bit matrices, for copies of boxes into swizzled shared memory.
+#ifndef JAXMOE_CSRC_CUDA_TENSOR_MAP_H_
+#define JAXMOE_CSRC_CUDA_TENSOR_MAP_H_
+
+#include <cstdint>
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+namespace jaxmoe::cuda {
+
+// Boxes of `box_rows` rows by 64 columns (128 bytes, 128-byte swizzle) of a [rows, columns] matrix;
+// what lies outside of it reads as zero.
+cudaError_t make_row_map(const void* data, int64_t rows, int64_t columns, int box_rows, bool fp16,
+                         CUtensorMap* map);
+
+}  // namespace jaxmoe::cuda
+
+#endif  // JAXMOE_CSRC_CUDA_TENSOR_MAP_H_

@@ -1,0 +1,74 @@
+// From a lane's sums to finished values: scale, bias, activation. Both kernels end with it.
+#ifndef JAXMOE_CSRC_SM90_EPILOGUE_CUH_
+#define JAXMOE_CSRC_SM90_EPILOGUE_CUH_
+
+#include "cuda/activations.cuh"
+#include "cuda/ptx.cuh"
+#include "sm90/dequantize.cuh"
+#include "sm90/gemm.h"
+
+namespace jaxmoe::sm90 {
+
+// What a lane needs for the rows g and g + 8 that one warp holds of a strip.
+template <class T, Format kFormat, Epilogue kEpilogue>
+struct Finish {
+  float scale;
+  float bias, bias8;
+  float params[3];
+  cuda::Activation activation;
+
+  Finish() = default;
+  // `warp_row`: the first of the warp's rows: of `out`'s columns, or of gate and up each.
+  __device__ __forceinline__ Finish(const GemmArgs& args, int expert, int warp_row, int g)
+      : scale(args.global_scale[expert] * kUnscale<T, kFormat>),
+        bias(0.0f),
+        bias8(0.0f),
+        params{0.0f, 0.0f, 0.0f},
+        activation(args.activation) {
+    constexpr bool kGated = is_gated(kEpilogue);
+    const int row = warp_row + g;
+    if (args.bias) {
+      const float* b = args.bias + int64_t{expert} * args.outputs * (kGated ? 2 : 1);
+      const int second = kGated ? row : row + 8;
+      if (row < args.outputs) bias = b[row];
+      if (second < args.outputs) bias8 = b[kGated ? args.outputs + row : second];
+    }
+    if constexpr (kGated) {
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        if (i < args.num_params) params[i] = args.params[i * args.experts + expert];
+      }
+    }
+  }
+
+  // Sums of row g for tokens 2c, 2c + 1, then of row g + 8; `weight` multiplies each token's sums.
+  // Yields one pair for a gated epilogue, else two (rows g and g + 8).
+  __device__ __forceinline__ void operator()(const float* sum, float2 weight,
+                                             uint32_t (&out)[2]) const {
+    using P = cuda::Pair<T>;
+    const float s[2] = {scale * weight.x, scale * weight.y};
+    if constexpr (is_gated(kEpilogue)) {
+      float h[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float gate = sum[i] * s[i] + bias, up = sum[2 + i] * s[i] + bias8;
+        h[i] = kEpilogue == Epilogue::kSwiglu ? cuda::swiglu(gate, up, params)
+                                              : cuda::activate_gated(activation, gate, up, params);
+      }
+      out[0] = P::make(h[0], h[1]);
+    } else {
+      float y[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        y[i] = sum[i] * s[i % 2] + (i < 2 ? bias : bias8);
+        if constexpr (kEpilogue == Epilogue::kPlain) y[i] = cuda::activate_plain(activation, y[i]);
+      }
+      out[0] = P::make(y[0], y[1]);
+      out[1] = P::make(y[2], y[3]);
+    }
+  }
+};
+
+}  // namespace jaxmoe::sm90
+
+#endif  // JAXMOE_CSRC_SM90_EPILOGUE_CUH_

@@ -1,0 +1,396 @@
+// The grouped product with wgmma, for more than a few tokens per expert.
+//
+//   out[token, row] = epilogue(sum_k W[expert of token][row, k] * x[token, k])
+//
+// computed as W * x^T: the weights are dequantised into registers and are wgmma's A operand, a tile of
+// up to kN tokens of one expert is its B operand in shared memory. A cluster of kCluster blocks of
+// threads holds a tile of kN tokens by kCluster * kStrips strips of 64 rows at a time, and takes every
+// n-th tile. Its blocks have the tokens in common: each fetches a part of them for all (multicast).
+// One producer warp keeps the ring of stages full, across tiles: tokens by the tensor map of the
+// sorted rows, weights by bulk copies of whole blocks.
+#ifndef JAXMOE_CSRC_SM90_GEMM_CUH_
+#define JAXMOE_CSRC_SM90_GEMM_CUH_
+
+#include "cuda/ptx.cuh"
+#include "sm90/dequantize.cuh"
+#include "sm90/epilogue.cuh"
+#include "sm90/gemm.h"
+#include "sm90/layout.h"
+#include "sm90/ring.cuh"
+#include "sm90/tactic.cuh"
+#include "sm90/tiles.cuh"
+#include "sm90/wgmma.cuh"
+
+namespace jaxmoe::sm90 {
+
+inline constexpr int kWarpgroupThreads = 128;
+
+template <class T_, Format kFormat_, Epilogue kEpilogue_, int kN_, int kWarpgroups_,
+          int kStripsPerWarpgroup_, int kDepth_, int kStages_, int kCluster_, int kBlocksPerSm_ = 1>
+struct GemmConfig {
+  using T = T_;
+  static constexpr Format kFormat = kFormat_;
+  static constexpr Epilogue kEpilogue = kEpilogue_;
+  static constexpr int kN = kN_;
+  static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr int kStripsPerWarpgroup = kStripsPerWarpgroup_;
+  static constexpr int kDepth = kDepth_;  // blocks of K in a stage
+  static constexpr int kStages = kStages_;
+  static constexpr int kCluster = kCluster_;
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+
+  static constexpr bool kGated = is_gated(kEpilogue);
+  static constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
+  static constexpr int kThreads = kConsumers + kWarpgroupThreads;
+  // Registers a thread: few for the producer's warpgroup, of which one warp works, the rest for sums.
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters =
+      (65536 / kBlocksPerSm / kThreads / 8 * 8 * kThreads - kProducerRegisters * kWarpgroupThreads) /
+      kConsumers / 8 * 8;
+
+  static constexpr int kStrips = kWarpgroups * kStripsPerWarpgroup;
+  static constexpr int kStripOutputs = kGated ? kStripRows / 2 : kStripRows;
+  static constexpr int kWarpgroupOutputs = kStripsPerWarpgroup * kStripOutputs;
+
+  static constexpr int kTileBytes = kN * kBlockK * 2;  // one block of K of the tokens
+  static constexpr int kBoxBytes = kBoxRows * kBlockK * 2;
+  static constexpr int kTokenBytes = kDepth * kTileBytes;
+  static constexpr int kStripBytes = kDepth * block_bytes(kFormat);
+  static constexpr int kWeightBytes = kStrips * kStripBytes;
+  static constexpr int kOwnTokens = (kN + kWarpgroupThreads - 1) / kWarpgroupThreads;
+  static constexpr int kChunk = 32;  // tokens that the epilogue transposes at once
+  static constexpr int kPitch = kWarpgroupOutputs * 2 + 16;
+  // Offsets in shared memory.
+  static constexpr int kTokens = 0;
+  static constexpr int kWeights = kTokens + kStages * kTokenBytes;
+  static constexpr int kTransposed = kWeights + kStages * kWeightBytes;
+  static constexpr int kTargets = kTransposed + kWarpgroups * kChunk * kPitch;
+  static constexpr int kRowWeights = kTargets + kWarpgroups * kN * 4;
+  static constexpr int kBarriers = kRowWeights + kWarpgroups * kN * 4;
+  static constexpr int kTables = kBarriers + 2 * kStages * 8;
+  static constexpr int smem_bytes(int experts) {
+    return 1024 + kTables + TileTable::bytes(experts);
+  }
+};
+
+template <class C>
+struct GemmTile {
+  int expert, first_strip, begin, tokens;  // begin: position of the first token among the sorted
+
+  __device__ GemmTile(const TileTable& table, int tile, int row_tiles) {
+    const auto found = table.find<C::kN>(tile, row_tiles);
+    expert = found.expert;
+    first_strip = found.row_tile * C::kCluster * C::kStrips;
+    if constexpr (C::kCluster > 1) first_strip += cuda::cluster_rank() * C::kStrips;
+    begin = table.offset(expert) + found.token_tile * C::kN;
+    tokens = min(C::kN, table.offset(expert + 1) - begin);
+  }
+};
+
+template <class C>
+__device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap* rows,
+                                        const TileTable& table, uint32_t smem, const Ring& ring,
+                                        int row_tiles) {
+  constexpr int kBoxes = C::kN / kBoxRows;
+  constexpr int kCopies = C::kDepth * kBoxes;
+  static_assert(C::kStrips <= 32 && kCopies <= 32);
+  const int lane = threadIdx.x % 32;
+  const uint32_t rank = C::kCluster > 1 ? cuda::cluster_rank() : 0;
+  const int blocks = num_blocks(args.k);
+  const int strips = num_strips(args.outputs, C::kGated);
+  const int64_t matrix = matrix_bytes(C::kFormat, args.outputs, args.k, C::kGated);
+  Cursor<C::kStages> at;
+  for (int tile = blockIdx.x / C::kCluster; tile < table.total(); tile += gridDim.x / C::kCluster) {
+    const GemmTile<C> t(table, tile, row_tiles);
+    const int live_strips = max(0, min(C::kStrips, strips - t.first_strip));
+    const int boxes = divide_up(t.tokens, kBoxRows);
+    const uint8_t* weights =
+        args.weights + t.expert * matrix +
+        int64_t{t.first_strip + lane} * blocks * block_bytes(C::kFormat);
+    for (int block = 0; block < blocks; block += C::kDepth) {
+      const int live = min(C::kDepth, blocks - block);
+      const uint32_t bytes = live * block_bytes(C::kFormat);
+      uint64_t* full = &ring.full[at.slot];
+      cuda::barrier_wait(&ring.empty[at.slot], at.phase ^ 1);
+      if (lane == 0) {
+        cuda::barrier_arrive_expect(full, live_strips * bytes + live * boxes * C::kBoxBytes);
+      }
+      __syncwarp();
+      if (lane < live_strips) {
+        cuda::bulk_load(smem + C::kWeights + at.slot * C::kWeightBytes + lane * C::kStripBytes,
+                        weights + int64_t{block} * block_bytes(C::kFormat), bytes, full);
+      }
+      if (lane < kCopies) {
+        const int box = lane % kBoxes, d = lane / kBoxes;
+        const uint32_t to = smem + C::kTokens + at.slot * C::kTokenBytes + d * C::kTileBytes +
+                            box * C::kBoxBytes;
+        const int k = (block + d) * kBlockK, row = t.begin + box * kBoxRows;
+        if (box < boxes && d < live) {
+          if constexpr (C::kCluster == 1) {
+            cuda::tensor_load(to, rows, k, row, full);
+          } else if (box % C::kCluster == rank) {
+            cuda::tensor_load_multicast(to, rows, k, row, full, (1 << C::kCluster) - 1);
+          }
+        }
+      }
+      at.advance();
+    }
+  }
+}
+
+// This warpgroup is through with a stage: so the blocks of the cluster that fill it are told.
+template <class C>
+__device__ __forceinline__ void release(const Ring& ring, int slot) {
+  const int thread = threadIdx.x % kWarpgroupThreads;
+  if constexpr (C::kCluster == 1) {
+    if (thread == 0) cuda::barrier_arrive(&ring.empty[slot]);
+  } else if (thread < C::kCluster) {
+    cuda::barrier_arrive_at(&ring.empty[slot], thread);
+  }
+}
+
+// The sums of one tile over K, with kTokens >= the tile's tokens.
+template <class C, int kTokens, int kSize>
+__device__ __forceinline__ void multiply(float (&sum)[C::kStripsPerWarpgroup][kSize], int blocks,
+                                         uint32_t smem, const Ring& ring, int warpgroup,
+                                         Cursor<C::kStages>& at) {
+  using T = typename C::T;
+  constexpr int kStrips = C::kStripsPerWarpgroup;
+  constexpr int kScales = scales_per_row(C::kFormat);
+  const int thread = threadIdx.x % kWarpgroupThreads;
+  const uint32_t elements =
+      smem + C::kWeights + warpgroup * kStrips * C::kStripBytes + thread * 16;
+  const uint32_t scales = elements - thread * 16 + kElementBytes +
+                          (thread / 32 * 8 + thread % 32 / 4) * 2 * kScales;
+  uint32_t a[2][kStrips][4];
+  int previous = 0;
+  for (int first = 0; first < blocks; first += C::kDepth) {
+    cuda::barrier_wait(&ring.full[at.slot], at.phase);
+#pragma unroll
+    for (int d = 0; d < C::kDepth; ++d) {
+      if (d > 0 && first + d >= blocks) break;
+      uint32_t packed[kStrips][4];
+      uint32_t scale[kStrips][2];  // of two blocks each
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+        const uint32_t offset =
+            at.slot * C::kWeightBytes + s * C::kStripBytes + d * block_bytes(C::kFormat);
+        const uint4 v = cuda::load_shared_16(elements + offset);
+        packed[s][0] = v.x, packed[s][1] = v.y, packed[s][2] = v.z, packed[s][3] = v.w;
+        if constexpr (kScales == 4) {
+          const uint2 f = cuda::load_shared_8(scales + offset);
+          scale[s][0] = f.x, scale[s][1] = f.y;
+        } else {
+          scale[s][0] = scale[s][1] = cuda::load_shared_4(scales + offset);
+        }
+      }
+      const uint32_t tokens = swizzled_tile(smem + C::kTokens + at.slot * C::kTokenBytes +
+                                            d * C::kTileBytes);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+#pragma unroll
+        for (int s = 0; s < kStrips; ++s) {
+          constexpr int kSteps = 4 / kScales;  // of 16 along K with one scale
+          dequantize<T>(packed[s][step],
+                        scale_factors<T, C::kFormat>(scale[s][step / 2], step / kSteps % 2),
+                        a[step & 1][s]);
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int s = 0; s < kStrips; ++s) {
+          Wgmma<T, kTokens>::run(sum[s], a[step & 1][s], tokens + step * 2,
+                                 d + step > 0 || first > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        // The previous stage's last step is over: its slot can be filled again.
+        if (d == 0 && step == 0 && first > 0) release<C>(ring, previous);
+      }
+    }
+    previous = at.slot;
+    at.advance();
+  }
+  wgmma_wait<0>();
+  release<C>(ring, previous);
+}
+
+// Bias, activation, rounding; then through shared memory, since a lane holds a column and a row of
+// `out` must be written whole.
+template <class C, int kSize>
+__device__ __forceinline__ void finish(const GemmArgs& args, const GemmTile<C>& t,
+                                       float (&sum)[C::kStripsPerWarpgroup][kSize], uint32_t smem,
+                                       uint8_t* pointer, int warpgroup,
+                                       const int (&target)[C::kOwnTokens],
+                                       const float (&weight)[C::kOwnTokens]) {
+  using T = typename C::T;
+  constexpr int kStrips = C::kStripsPerWarpgroup;
+  constexpr int kGroups = C::kChunk / 8;
+  const int thread = threadIdx.x % kWarpgroupThreads;
+  const int warp = thread / 32, lane = thread % 32;
+  const int matrix = lane / 8, row = lane % 8;
+  const int barrier = 1 + warpgroup;
+  const int first_output = (t.first_strip + warpgroup * kStrips) * C::kStripOutputs;
+  int* targets = reinterpret_cast<int*>(pointer + C::kTargets) + warpgroup * C::kN;
+  float* weights = reinterpret_cast<float*>(pointer + C::kRowWeights) + warpgroup * C::kN;
+#pragma unroll
+  for (int i = 0; i < C::kOwnTokens; ++i) {
+    const int token = thread + i * kWarpgroupThreads;
+    if (token < C::kN) targets[token] = target[i], weights[token] = weight[i];
+  }
+  if (args.row_weight) cuda::named_barrier(barrier, kWarpgroupThreads);
+  const uint32_t transposed = smem + C::kTransposed + warpgroup * C::kChunk * C::kPitch;
+  Finish<T, C::kFormat, C::kEpilogue> values[kStrips];
+#pragma unroll
+  for (int s = 0; s < kStrips; ++s) {
+    values[s] = {args, t.expert, first_output + s * C::kStripOutputs + warp * C::kStripOutputs / 4,
+                 lane / 4};
+  }
+
+#pragma unroll
+  for (int first = 0; first < C::kN; first += C::kChunk) {
+    if (first >= t.tokens) break;
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+      uint32_t fragment[kGroups][2];
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        float2 w = {1.0f, 1.0f};
+        if (args.row_weight) {
+          w = *reinterpret_cast<const float2*>(weights + first + group * 8 + lane % 4 * 2);
+        }
+        values[s](&sum[s][(first / 8 + group) * 4], w, fragment[group]);
+      }
+      const uint32_t to = transposed + s * C::kStripOutputs * 2;
+      if constexpr (C::kGated) {
+        cuda::store_matrices_transposed(to + (matrix * 8 + row) * C::kPitch + warp * 16,
+                                        fragment[0][0], fragment[1][0], fragment[2][0],
+                                        fragment[3][0]);
+      } else {
+#pragma unroll
+        for (int group = 0; group < kGroups; group += 2) {
+          cuda::store_matrices_transposed(
+              to + ((group + matrix / 2) * 8 + row) * C::kPitch + warp * 32 + matrix % 2 * 16,
+              fragment[group][0], fragment[group][1], fragment[group + 1][0],
+              fragment[group + 1][1]);
+        }
+      }
+    }
+    cuda::named_barrier(barrier, kWarpgroupThreads);
+    constexpr int kLanesPerRow = C::kWarpgroupOutputs / 8;
+    constexpr int kRowsPerPass = kWarpgroupThreads / kLanesPerRow;
+    const int column = first_output + thread % kLanesPerRow * 8;
+#pragma unroll
+    for (int r = thread / kLanesPerRow; r < C::kChunk; r += kRowsPerPass) {
+      if (first + r < t.tokens && column < args.outputs) {
+        auto* to = static_cast<T*>(args.out) + int64_t{targets[first + r]} * args.outputs + column;
+        *reinterpret_cast<uint4*>(to) =
+            cuda::load_shared_16(transposed + r * C::kPitch + thread % kLanesPerRow * 16);
+      }
+    }
+    cuda::named_barrier(barrier, kWarpgroupThreads);
+  }
+}
+
+// Calls run(Int<n>) for the smallest n of kN and 3/4, 1/2 and 1/4 of it that is at least `tokens`.
+template <int kN, class Run>
+__device__ __forceinline__ void with_size(int tokens, Run run) {
+  if (tokens > kN * 3 / 4) {
+    run(Int<kN>());
+  } else if (tokens > kN / 2) {
+    run(Int<kN * 3 / 4>());
+  } else if (tokens > kN / 4) {
+    run(Int<kN / 2>());
+  } else {
+    run(Int<kN / 4>());
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void consume(const GemmArgs& args, const TileTable& table, uint32_t smem,
+                                        uint8_t* pointer, const Ring& ring, int warpgroup,
+                                        int row_tiles) {
+  const int thread = threadIdx.x % kWarpgroupThreads;
+  const int blocks = num_blocks(args.k);
+  Cursor<C::kStages> at;
+  for (int tile = blockIdx.x / C::kCluster; tile < table.total(); tile += gridDim.x / C::kCluster) {
+    const GemmTile<C> t(table, tile, row_tiles);
+    // Thread i of the warpgroup knows the tile's tokens i and i + 128: their rows of `out` and weights.
+    int target[C::kOwnTokens];
+    float weight[C::kOwnTokens];
+#pragma unroll
+    for (int i = 0; i < C::kOwnTokens; ++i) {
+      const int token = thread + i * kWarpgroupThreads;
+      target[i] = 0, weight[i] = 1.0f;
+      if (token < t.tokens) {
+        target[i] = args.target ? args.target[t.begin + token] : t.begin + token;
+        if (args.row_weight) weight[i] = args.row_weight[args.source[t.begin + token]];
+      }
+    }
+    float sum[C::kStripsPerWarpgroup][C::kN / 2];
+    // An expert's last tile is rarely full: the smallest instruction that holds it will do.
+    with_size<C::kN>(t.tokens, [&](auto size) {
+      multiply<C, decltype(size)::value>(sum, blocks, smem, ring, warpgroup, at);
+    });
+    finish<C>(args, t, sum, smem, pointer, warpgroup, target, weight);
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
+    gemm_kernel(const __grid_constant__ GemmArgs args, const __grid_constant__ CUtensorMap rows) {
+  extern __shared__ uint8_t raw[];
+  const uint32_t base = cuda::smem_address(raw);
+  const uint32_t smem = (base + 1023) & ~1023u;
+  uint8_t* pointer = raw + (smem - base);
+  auto* barriers = reinterpret_cast<uint64_t*>(pointer + C::kBarriers);
+  const Ring ring{barriers, barriers + C::kStages};
+  const int row_tiles = divide_up(num_strips(args.outputs, C::kGated), C::kCluster * C::kStrips);
+  if (threadIdx.x == 0) {
+    cuda::prefetch_map(&rows);
+    for (int i = 0; i < C::kStages; ++i) {
+      cuda::barrier_init(&ring.full[i], 1);
+      cuda::barrier_init(&ring.empty[i], C::kCluster * C::kWarpgroups);
+    }
+    cuda::fence_barrier_init();
+  }
+  cuda::grid_wait();
+  TileTable table(pointer + C::kTables, args.experts);
+  table.fill<C::kN>(args.offsets, row_tiles);
+  if constexpr (C::kCluster > 1) cuda::cluster_sync();
+  __syncthreads();
+
+  // Uniform over the warp, and the compiler may know it.
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroupThreads, 0);
+  if (warpgroup == C::kWarpgroups) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
+    if (threadIdx.x % kWarpgroupThreads < 32) {
+      produce<C>(args, &rows, table, smem, ring, row_tiles);
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kConsumerRegisters));
+    consume<C>(args, table, smem, pointer, ring, warpgroup, row_tiles);
+  }
+  cuda::grid_launch_dependents();
+  // A block must not leave while others may still write to it.
+  if constexpr (C::kCluster > 1) cuda::cluster_sync();
+}
+
+struct GemmRun {
+  template <class C>
+  static cudaError_t run(const GemmArgs& args, const Launch& launch) {
+    const int smem = C::smem_bytes(args.experts);
+    cudaError_t error = allow_smem<C>(gemm_kernel<C>, smem);
+    if (error != cudaSuccess) return error;
+    CUtensorMap rows;
+    error = cuda::make_row_map(args.sorted, args.positions, args.k, kBoxRows,
+                               launch.dtype == Dtype::kFp16, &rows);
+    if (error != cudaSuccess) return error;
+    const int blocks = launch.multiprocessors * C::kBlocksPerSm / C::kCluster * C::kCluster;
+    return cuda::launch_clusters(gemm_kernel<C>, C::kCluster, dim3(blocks), C::kThreads, smem,
+                                 launch.stream, args, rows);
+  }
+};
+
+}  // namespace jaxmoe::sm90
+
+#endif  // JAXMOE_CSRC_SM90_GEMM_CUH_

@@ -1,0 +1,234 @@
+#include "sm90/moe_mlp.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/route.h"
+#include "sm90/tactics.h"
+
+namespace jaxmoe::sm90 {
+namespace {
+
+const Tactic* const kTactics[] = {&kDecode8, &kDecode8Deep, &kWgmma64, &kWgmma128, &kWgmma256};
+
+const Tactic* find(const std::string& name) {
+  for (const Tactic* t : kTactics) {
+    if (name == t->name) return t;
+  }
+  return nullptr;
+}
+
+// Hands out parts of the workspace; with a null base it only adds up.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<uint8_t*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    uint8_t* p = base_ + used_;
+    used_ += divide_up(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
+    return reinterpret_cast<T*>(p);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  int64_t used_ = 0;
+};
+
+struct MlpWorkspace {
+  int32_t *offsets, *token_of, *pair_of, *counts;
+  uint16_t* h;  // [pairs, I] in sorted order
+  uint16_t* y;  // [pairs, H]: first x in sorted order, then the results in the order of pairs
+  int64_t bytes;
+
+  MlpWorkspace(void* base, const MlpShape& s) {
+    Arena arena(base);
+    const int64_t pairs = s.tokens * s.top_k;
+    offsets = arena.take<int32_t>(s.experts + 1);
+    token_of = arena.take<int32_t>(pairs);
+    pair_of = arena.take<int32_t>(pairs);
+    counts = arena.take<int32_t>(cuda::sort_count_elements(pairs, s.experts));
+    h = arena.take<uint16_t>(pairs * s.intermediate);
+    y = arena.take<uint16_t>(pairs * s.hidden);
+    bytes = arena.used();
+  }
+};
+
+std::string failed(const char* what, cudaError_t error) {
+  return std::string(what) + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
+}
+
+// Fills in what every launch shares; "" or a complaint.
+std::string prepare(const std::string& name, int64_t rows, int64_t experts, int64_t outputs,
+                    const Tactic** tactic, Launch* launch) {
+  if (experts > kMaxExperts) {
+    return "at most " + std::to_string(kMaxExperts) + " experts are supported, got " +
+           std::to_string(experts) + "; split them with expert_offset";
+  }
+  *tactic = find(name.empty() ? default_tactic(rows, experts, outputs) : name);
+  if (*tactic == nullptr) {
+    std::string names;
+    for (const Tactic* t : kTactics) names += (names.empty() ? "" : ", ") + std::string(t->name);
+    return "tactic must be one of " + names + ", got '" + name + "'";
+  }
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&launch->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  return error == cudaSuccess ? "" : failed("cudaDeviceGetAttribute", error);
+}
+
+}  // namespace
+
+const std::vector<TacticInfo>& tactics() {
+  static const auto* list = [] {
+    auto* all = new std::vector<TacticInfo>;
+    for (const Tactic* t : kTactics) all->push_back({t->name, t->smem_bytes});
+    return all;
+  }();
+  return *list;
+}
+
+const char* default_tactic(int64_t rows, int64_t experts, int64_t outputs) {
+  const int64_t touched = std::max<int64_t>(1, std::min(rows, experts));
+  const int64_t mean = rows / touched;
+  // Too few strips to keep four blocks of threads busy on every multiprocessor: share out K as well.
+  const bool few = touched * divide_up(outputs, kStripRows) < 1024;
+  const Tactic* tactic = mean <= 5    ? (few ? &kDecode8Deep : &kDecode8)
+                         : mean <= 40 ? &kWgmma64
+                         : mean <= 256 ? &kWgmma128
+                                       : &kWgmma256;
+  return tactic->name;
+}
+
+int64_t mlp_workspace_bytes(const MlpShape& shape) { return MlpWorkspace(nullptr, shape).bytes; }
+
+int64_t grouped_workspace_bytes(const GroupedShape& shape) {
+  Arena arena(nullptr);
+  arena.take<int32_t>(shape.experts + 1);
+  return arena.used();
+}
+
+std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
+                    cudaStream_t stream) {
+  const MlpShape& s = a.shape;
+  if (s.tokens == 0) return "";
+  const Tactic* tactic;
+  Launch launch{a.format, a.dtype, Epilogue::kStore, 0, stream};
+  const std::string complaint =
+      prepare(name, s.tokens * s.top_k, s.experts, s.hidden, &tactic, &launch);
+  if (!complaint.empty()) return complaint;
+  const MlpWorkspace w(workspace, s);
+
+  cuda::SortArgs sort{};
+  sort.expert_ids = a.expert_ids;
+  sort.expert_offset = a.expert_offset;
+  sort.pairs = static_cast<int>(s.tokens * s.top_k);
+  sort.top_k = static_cast<int>(s.top_k);
+  sort.experts = static_cast<int>(s.experts);
+  sort.offsets = w.offsets;
+  sort.token_of = w.token_of;
+  sort.pair_of = w.pair_of;
+  sort.counts = w.counts;
+  cudaError_t error = cuda::sort_pairs(sort, stream);
+  if (error != cudaSuccess) return failed("sort_pairs", error);
+
+  if (tactic->reads_sorted) {
+    error = cuda::gather_rows(a.x, w.token_of, w.offsets, sort.experts, sort.pairs, s.hidden * 2,
+                              w.y, stream);
+    if (error != cudaSuccess) return failed("gather_rows", error);
+  }
+  GemmArgs up{};
+  up.weights = a.gate_up;
+  up.global_scale = a.gate_up_global;
+  up.bias = a.gate_up_bias;
+  up.params = a.params;
+  up.num_params = a.num_params;
+  up.activation = a.activation;
+  up.row_weight = a.weight_on_input ? a.weights : nullptr;
+  up.x = a.x;
+  up.sorted = w.y;
+  up.positions = sort.pairs;
+  up.out = w.h;
+  up.offsets = w.offsets;
+  up.source = w.token_of;
+  up.experts = sort.experts;
+  up.outputs = static_cast<int>(s.intermediate);
+  up.k = static_cast<int>(s.hidden);
+  launch.epilogue = a.activation == cuda::Activation::kSwiglu ? Epilogue::kSwiglu
+                    : cuda::is_gated(a.activation)            ? Epilogue::kGated
+                                                              : Epilogue::kPlain;
+  error = tactic->run(up, launch);
+  if (error != cudaSuccess) return failed("first product", error);
+
+  GemmArgs down{};
+  down.weights = a.down;
+  down.global_scale = a.down_global;
+  down.bias = a.down_bias;
+  down.x = w.h;
+  down.sorted = w.h;
+  down.positions = sort.pairs;
+  down.out = w.y;
+  down.offsets = w.offsets;
+  down.target = w.pair_of;
+  down.experts = sort.experts;
+  down.outputs = static_cast<int>(s.hidden);
+  down.k = static_cast<int>(s.intermediate);
+  launch.epilogue = Epilogue::kStore;
+  error = tactic->run(down, launch);
+  if (error != cudaSuccess) return failed("second product", error);
+
+  cuda::CombineArgs combine{};
+  combine.y = w.y;
+  combine.weights = a.weight_on_input ? nullptr : a.weights;
+  combine.expert_ids = a.expert_ids;
+  combine.expert_offset = a.expert_offset;
+  combine.out = a.out;
+  combine.tokens = static_cast<int>(s.tokens);
+  combine.top_k = sort.top_k;
+  combine.hidden = down.outputs;
+  combine.experts = sort.experts;
+  combine.fp16 = a.dtype == Dtype::kFp16;
+  error = cuda::combine(combine, stream);
+  return error == cudaSuccess ? "" : failed("combine", error);
+}
+
+std::string grouped_matmul(const GroupedArgs& a, const std::string& name, void* workspace,
+                           cudaStream_t stream) {
+  const GroupedShape& s = a.shape;
+  if (s.rows == 0) return "";
+  const Tactic* tactic;
+  Launch launch{a.format, a.dtype, Epilogue::kStore, 0, stream};
+  const std::string complaint = prepare(name, s.rows, s.experts, s.n, &tactic, &launch);
+  if (!complaint.empty()) return complaint;
+
+  cuda::GroupArgs group{};
+  group.group_sizes = a.group_sizes;
+  group.group_offset = a.group_offset;
+  group.groups = static_cast<int>(s.groups);
+  group.experts = static_cast<int>(s.experts);
+  group.rows = static_cast<int>(s.rows);
+  group.offsets = static_cast<int32_t*>(workspace);
+  cudaError_t error = cuda::group_offsets(group, stream);
+  if (error != cudaSuccess) return failed("group_offsets", error);
+  error = cuda::clear_other_rows(group.offsets, group.experts, a.out, group.rows, s.n * 2, stream);
+  if (error != cudaSuccess) return failed("clear_other_rows", error);
+
+  GemmArgs product{};
+  product.weights = a.w;
+  product.global_scale = a.w_global;
+  product.bias = a.bias;
+  product.x = a.x;
+  product.sorted = a.x;
+  product.positions = group.rows;
+  product.out = a.out;
+  product.offsets = group.offsets;
+  product.experts = group.experts;
+  product.outputs = static_cast<int>(s.n);
+  product.k = static_cast<int>(s.k);
+  error = tactic->run(product, launch);
+  return error == cudaSuccess ? "" : failed("grouped product", error);
+}
+
+}  // namespace jaxmoe::sm90

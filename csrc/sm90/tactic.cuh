@@ -1,0 +1,58 @@
+// Instantiates one tactic: `Config<T, format, epilogue>` names a configuration of a kernel and `Run`
+// launches it.
+#ifndef JAXMOE_CSRC_SM90_TACTIC_CUH_
+#define JAXMOE_CSRC_SM90_TACTIC_CUH_
+
+#include <algorithm>
+
+#include "cuda/launch.h"
+#include "cuda/tensor_map.h"
+#include "sm90/tactics.h"
+
+namespace jaxmoe::sm90 {
+
+inline constexpr int kSmemLimit = 232448;  // of one thread block on SM 90
+
+template <class C, class Kernel>
+cudaError_t allow_smem(Kernel kernel, int bytes) {
+  // The system keeps 1 KiB of every thread block.
+  static_assert((C::smem_bytes(kMaxExperts) + 1024) * C::kBlocksPerSm <= kSmemLimit + 1024);
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+template <template <class, Format, Epilogue> class Config, class Run>
+struct Instances {
+  template <class T, Format kFormat>
+  static cudaError_t epilogue(const GemmArgs& args, const Launch& launch) {
+    switch (launch.epilogue) {
+      case Epilogue::kStore:
+        return Run::template run<Config<T, kFormat, Epilogue::kStore>>(args, launch);
+      case Epilogue::kPlain:
+        return Run::template run<Config<T, kFormat, Epilogue::kPlain>>(args, launch);
+      case Epilogue::kGated:
+        return Run::template run<Config<T, kFormat, Epilogue::kGated>>(args, launch);
+      case Epilogue::kSwiglu:
+        return Run::template run<Config<T, kFormat, Epilogue::kSwiglu>>(args, launch);
+    }
+    return cudaErrorInvalidValue;
+  }
+  template <class T>
+  static cudaError_t format(const GemmArgs& args, const Launch& launch) {
+    return launch.format == Format::kNvfp4 ? epilogue<T, Format::kNvfp4>(args, launch)
+                                           : epilogue<T, Format::kMxfp4>(args, launch);
+  }
+  static cudaError_t run(const GemmArgs& args, const Launch& launch) {
+    return launch.dtype == Dtype::kBf16 ? format<__nv_bfloat16>(args, launch)
+                                        : format<__half>(args, launch);
+  }
+  // The two epilogues differ in the shape of a strip's results; NVFP4 has more scales.
+  static constexpr int smem_bytes() {
+    return std::max(
+        Config<__nv_bfloat16, Format::kNvfp4, Epilogue::kStore>::smem_bytes(kMaxExperts),
+        Config<__nv_bfloat16, Format::kNvfp4, Epilogue::kSwiglu>::smem_bytes(kMaxExperts));
+  }
+};
+
+}  // namespace jaxmoe::sm90
+
+#endif  // JAXMOE_CSRC_SM90_TACTIC_CUH_

@@ -1,0 +1,38 @@
+// The tactics: how one grouped product is cut into tiles. Each is instantiated in its own translation
+// unit (tactic_*.cu) for every format, dtype and epilogue.
+#ifndef JAXMOE_CSRC_SM90_TACTICS_H_
+#define JAXMOE_CSRC_SM90_TACTICS_H_
+
+#include <cuda_runtime_api.h>
+
+#include "sm90/gemm.h"
+#include "sm90/moe_mlp.h"
+
+namespace jaxmoe::sm90 {
+
+struct Launch {
+  Format format;
+  Dtype dtype;
+  Epilogue epilogue;
+  int multiprocessors;
+  cudaStream_t stream;
+};
+
+struct Tactic {
+  const char* name;
+  int smem_bytes;  // at kMaxExperts, the largest over formats, dtypes and epilogues
+  bool reads_sorted;  // GemmArgs::sorted in place of x and source
+  cudaError_t (*run)(const GemmArgs& args, const Launch& launch);
+};
+
+inline constexpr int kMaxExperts = 1024;
+
+extern const Tactic kDecode8;
+extern const Tactic kDecode8Deep;
+extern const Tactic kWgmma64;
+extern const Tactic kWgmma128;
+extern const Tactic kWgmma256;
+
+}  // namespace jaxmoe::sm90
+
+#endif  // JAXMOE_CSRC_SM90_TACTICS_H_
