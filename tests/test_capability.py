@@ -260,6 +260,8 @@ REFUSALS = [
      ["hidden_size", "multiple of 32", "100", "128"]),
     ("cpu_avx2", {"intermediate_size": 48}, "cpu", "SHAPE_UNALIGNED",
      ["intermediate_size", "48", "64"]),
+    ("sm90_w4a16", {"num_experts": 1025}, "h100", "TOO_MANY_EXPERTS",
+     ["at most 1024 experts", "got 1025", "expert_offset"]),
     ("sm120_w4a4", {"compute": "w4a4"}, "rtx 5090", "NOT_BUILT",
      ["this build holds no sm120 library", "JAXMOE_CUDA_FAMILIES=sm120"]),
     ("cpu_avx2", {}, "cpu", "NOT_BUILT", ["jaxmoe._cpu", "C++17 compiler"]),

@@ -63,6 +63,12 @@ void check_int32(Check& check, const char* name, int64_t value) {
                 std::string(name) + " must be at most " + text(kMax) + ", got " + text(value));
 }
 
+void check_experts(Check& check, int64_t experts) {
+  check.require(experts <= sm90::kMaxExperts,
+                "the weights must be of at most " + text(sm90::kMaxExperts) + " experts, got " +
+                    text(experts) + "; split them with expert_offset");
+}
+
 void* aligned(const ffi::AnyBuffer& workspace) {
   const auto address = reinterpret_cast<uintptr_t>(workspace.untyped_data());
   return reinterpret_cast<void*>((address + kSm90Alignment - 1) / kSm90Alignment * kSm90Alignment);
@@ -89,6 +95,7 @@ ffi::Error moe_mlp(cudaStream_t stream, const MoeMlpCall& call) {
   check_buffers(check, call, {kBf16, kF16},
                 sm90::matrix_bytes(args.format, call.intermediate_size, call.hidden_size, gated),
                 sm90::matrix_bytes(args.format, call.hidden_size, call.intermediate_size, false));
+  check_experts(check, call.experts());
   check_int32(check, "tokens times top_k", call.tokens() * call.top_k());
   check_int32(check, "hidden_size", call.hidden_size);
   check_int32(check, "twice intermediate_size", 2 * call.intermediate_size);
@@ -139,6 +146,7 @@ ffi::Error grouped_matmul(cudaStream_t stream, const GroupedMatmulCall& call) {
   check_buffers(check, call, {kBf16, kF16}, {call.x.element_type()},
                 sm90::matrix_bytes(args.format, call.n, call.k, false));
   check.require(call.experts() > 0, "w must hold at least one expert, got " + describe(call.w));
+  check_experts(check, call.experts());
   check_int32(check, "rows of x", call.rows());
   check_int32(check, "n", call.n);
   check_int32(check, "k", call.k);

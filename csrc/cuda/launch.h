@@ -1,5 +1,7 @@
-// One way to launch: with programmatic dependent launch, so that a kernel's start overlaps the end of
-// the one before it. Every kernel waits (`grid_wait`) before it reads what another wrote.
+// One way to launch: with programmatic dependent launch, so that a kernel's start overlaps the end
+// of the one before it. Every kernel lets its successor start at once (`grid_launch_dependents`),
+// and then waits for its predecessor to end (`grid_wait`) before it reads or writes what others do:
+// so a kernel that has ended had all of its predecessors end before.
 #ifndef JAXMOE_CSRC_CUDA_LAUNCH_H_
 #define JAXMOE_CSRC_CUDA_LAUNCH_H_
 

@@ -3,11 +3,11 @@
 #ifndef JAXMOE_CSRC_CUDA_PTX_CUH_
 #define JAXMOE_CSRC_CUDA_PTX_CUH_
 
-#include <cstdint>
-
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <cstdint>
 
 namespace jaxmoe::cuda {
 
@@ -15,7 +15,8 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// ---- mbarrier ------------------------------------------------------------------------------------
+// ---- mbarrier
+// ------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint64_t* bar, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(count));
@@ -48,7 +49,8 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- copies ----------------------------------------------------------------------------------------
+// ---- copies
+// ----------------------------------------------------------------------------------------
 
 // A contiguous copy by the bulk engine, which counts its bytes on `bar`. Multiples of 16 bytes.
 __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes,
@@ -59,7 +61,8 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_
       "l"(from), "r"(bytes), "r"(smem_address(bar))
       : "memory");
 }
-// A box of a tensor map, to the same place in every block of the cluster that `blocks` has a bit for.
+// A box of a tensor map, to the same place in every block of the cluster that `blocks` has a bit
+// for.
 __device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map, int x, int y,
                                             uint64_t* bar) {
   asm volatile(
@@ -80,7 +83,8 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// ---- clusters --------------------------------------------------------------------------------------
+// ---- clusters
+// --------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
@@ -95,8 +99,7 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t* bar, uint32_t rank) 
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(
-          smem_address(bar)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(smem_address(bar)),
       "r"(rank)
       : "memory");
 }
@@ -123,7 +126,8 @@ __device__ __forceinline__ void store_shared_zero_16(uint32_t to) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
 }
 
-// ---- grids -----------------------------------------------------------------------------------------
+// ---- grids
+// -----------------------------------------------------------------------------------------
 
 // Programmatic dependent launch: wait for what the previous kernel wrote; let the next one start.
 __device__ __forceinline__ void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -131,7 +135,8 @@ __device__ __forceinline__ void grid_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// ---- fragments -------------------------------------------------------------------------------------
+// ---- fragments
+// -------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void store_matrices_transposed(uint32_t to, uint32_t a, uint32_t b,
                                                           uint32_t c, uint32_t d) {

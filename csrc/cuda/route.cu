@@ -1,7 +1,6 @@
-#include "cuda/route.h"
-
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
+#include "cuda/route.h"
 
 namespace jaxmoe::cuda {
 namespace {
@@ -22,6 +21,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(SortArgs args) {
   extern __shared__ int count[];
   for (int e = threadIdx.x; e < args.experts; e += kThreads) count[e] = 0;
   __syncthreads();
+  grid_launch_dependents();
   grid_wait();
   const int offset = *args.expert_offset;
   const int begin = blockIdx.x * kPairsPerBlock;
@@ -34,11 +34,11 @@ __global__ void __launch_bounds__(kThreads) count_kernel(SortArgs args) {
   for (int e = threadIdx.x; e < args.experts; e += kThreads) {
     args.counts[blockIdx.x * args.experts + e] = count[e];
   }
-  grid_launch_dependents();
 }
 
-// Places each block's pairs. Each warp has a contiguous part of them: a pair's position is the first of
-// its expert, plus the pairs of that expert in earlier blocks, earlier warps and earlier lanes.
+// Places each block's pairs. Each warp has a contiguous part of them: a pair's position is the
+// first of its expert, plus the pairs of that expert in earlier blocks, earlier warps and earlier
+// lanes.
 __global__ void __launch_bounds__(kThreads) place_kernel(SortArgs args) {
   extern __shared__ int next[];  // [kWarps][experts]: next position of each warp and expert
   __shared__ int warp_sum[kWarps];
@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kThreads) place_kernel(SortArgs args) {
   const int experts = args.experts;
   for (int i = threadIdx.x; i < kWarps * experts; i += kThreads) next[i] = 0;
   __syncthreads();
+  grid_launch_dependents();
   grid_wait();
   const int offset = *args.expert_offset;
   const int block_begin = blockIdx.x * kPairsPerBlock;
@@ -114,15 +115,18 @@ __global__ void __launch_bounds__(kThreads) place_kernel(SortArgs args) {
       const int position = next[warp * experts + e] + rank;
       args.pair_of[position] = pair;
       args.token_of[position] = pair / args.top_k;
+      args.position_of[pair] = position;
+    } else if (pair < end) {
+      args.position_of[pair] = -1;
     }
     __syncwarp();
     if (e >= 0 && rank == 0) next[warp * experts + e] += __popc(same);
     __syncwarp();
   }
-  grid_launch_dependents();
 }
 
 __global__ void __launch_bounds__(32) group_kernel(GroupArgs args) {
+  grid_launch_dependents();
   grid_wait();
   // The rows before each group, in one warp; sizes below zero count as zero, and no group reaches
   // past the last row. 64-bit sums: sizes may be anything.
@@ -150,34 +154,29 @@ __global__ void __launch_bounds__(32) group_kernel(GroupArgs args) {
     }
     carry += __shfl_sync(~0u, sum, 31);
   }
-  grid_launch_dependents();
 }
 
-__global__ void __launch_bounds__(256) gather_kernel(const uint4* x, const int32_t* token_of,
-                                                     const int32_t* offsets, int experts, int chunks,
-                                                     uint4* out) {
+__global__ void __launch_bounds__(256)
+    gather_kernel(const uint4* x, const int32_t* position_of, int tokens, int top_k, int chunks,
+                  uint4* out) {
+  grid_launch_dependents();
   grid_wait();
-  const int64_t total = int64_t{offsets[experts]} * chunks;
-  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
-  constexpr int kAtOnce = 4;
-  for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < total;
-       at += kAtOnce * stride) {
-    uint4 v[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int64_t j = at + i * stride;
-      if (j < total) v[i] = x[int64_t{token_of[j / chunks]} * chunks + j % chunks];
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (at + i * stride < total) out[at + i * stride] = v[i];
+  for (int token = blockIdx.y; token < tokens; token += gridDim.y) {
+    const int32_t* positions = position_of + int64_t{token} * top_k;
+    for (int chunk = blockIdx.x * blockDim.x + threadIdx.x; chunk < chunks;
+         chunk += gridDim.x * blockDim.x) {
+      const uint4 v = x[int64_t{token} * chunks + chunk];
+      for (int j = 0; j < top_k; ++j) {
+        const int position = positions[j];
+        if (position >= 0) out[int64_t{position} * chunks + chunk] = v;
+      }
     }
   }
-  grid_launch_dependents();
 }
 
 __global__ void clear_kernel(const int32_t* offsets, int experts, uint4* out, int rows,
                              int chunks) {
+  grid_launch_dependents();
   grid_wait();
   const int begin = offsets[0], end = offsets[experts];
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -186,12 +185,12 @@ __global__ void clear_kernel(const int32_t* offsets, int experts, uint4* out, in
       out[int64_t{row} * chunks + i] = make_uint4(0, 0, 0, 0);
     }
   }
-  grid_launch_dependents();
 }
 
 // Eight columns a thread.
 template <class T>
 __global__ void __launch_bounds__(256) combine_kernel(CombineArgs args) {
+  grid_launch_dependents();
   grid_wait();
   const int chunks = args.hidden / 8;
   const int offset = *args.expert_offset;
@@ -200,24 +199,23 @@ __global__ void __launch_bounds__(256) combine_kernel(CombineArgs args) {
        at < int64_t{args.tokens} * chunks; at += int64_t{gridDim.x} * blockDim.x) {
     const int token = static_cast<int>(at / chunks), chunk = static_cast<int>(at % chunks);
     float sum[8] = {};
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 4;  // loads in flight
     for (int first = 0; first < args.top_k; first += kAtOnce) {
       uint4 v[kAtOnce];
       float weight[kAtOnce];
-      bool local[kAtOnce];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         const int pair = token * args.top_k + first + j;
-        local[j] = first + j < args.top_k &&
-                   local_expert(args.expert_ids, pair, offset, args.experts) >= 0;
-        if (local[j]) {
+        v[j] = make_uint4(0, 0, 0, 0);  // nothing is added for a pair of another shard
+        weight[j] = 0.0f;
+        if (first + j < args.top_k &&
+            local_expert(args.expert_ids, pair, offset, args.experts) >= 0) {
           v[j] = y[int64_t{pair} * chunks + chunk];
           weight[j] = args.weights ? args.weights[pair] : 1.0f;
         }
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        if (!local[j]) continue;
         const uint32_t words[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -233,7 +231,6 @@ __global__ void __launch_bounds__(256) combine_kernel(CombineArgs args) {
     out.w = Pair<T>::make(sum[6], sum[7]);
     static_cast<uint4*>(args.out)[at] = out;
   }
-  grid_launch_dependents();
 }
 
 int sort_blocks(int64_t pairs) {
@@ -258,12 +255,12 @@ cudaError_t sort_pairs(const SortArgs& args, cudaStream_t stream) {
   return launch(place_kernel, dim3(blocks), kThreads, smem, stream, args);
 }
 
-cudaError_t gather_rows(const void* x, const int32_t* token_of, const int32_t* offsets, int experts,
-                        int pairs, int64_t row_bytes, void* out, cudaStream_t stream) {
-  const int64_t blocks = (int64_t{pairs} * (row_bytes / 16) + 1023) / 1024;
-  return launch(gather_kernel, dim3(static_cast<unsigned>(min(blocks, int64_t{132 * 16}))), 256, 0,
-                stream, static_cast<const uint4*>(x), token_of, offsets, experts,
-                static_cast<int>(row_bytes / 16), static_cast<uint4*>(out));
+cudaError_t gather_rows(const void* x, const int32_t* position_of, int tokens, int top_k,
+                        int64_t row_bytes, void* out, cudaStream_t stream) {
+  const int chunks = static_cast<int>(row_bytes / 16);
+  return launch(gather_kernel, dim3((chunks + 255) / 256, min(tokens, 65535)), 256, 0, stream,
+                static_cast<const uint4*>(x), position_of, tokens, top_k, chunks,
+                static_cast<uint4*>(out));
 }
 
 cudaError_t group_offsets(const GroupArgs& args, cudaStream_t stream) {

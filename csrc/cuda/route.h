@@ -2,9 +2,9 @@
 #ifndef JAXMOE_CSRC_CUDA_ROUTE_H_
 #define JAXMOE_CSRC_CUDA_ROUTE_H_
 
-#include <cstdint>
-
 #include <cuda_runtime_api.h>
+
+#include <cstdint>
 
 namespace jaxmoe::cuda {
 
@@ -16,18 +16,20 @@ struct SortArgs {
   int pairs;
   int top_k;
   int experts;
-  int32_t* offsets;   // [experts + 1], out: expert e has the positions offsets[e] ...
-  int32_t* token_of;  // [pairs], out: token at each position
-  int32_t* pair_of;   // [pairs], out: pair at each position
-  int32_t* counts;    // [sort_count_elements], scratch
+  int32_t* offsets;      // [experts + 1], out: expert e has the positions offsets[e] ...
+  int32_t* token_of;     // [pairs], out: token at each position
+  int32_t* pair_of;      // [pairs], out: pair at each position
+  int32_t* position_of;  // [pairs], out: position of each pair, or -1
+  int32_t* counts;       // [sort_count_elements], scratch
 };
 int64_t sort_count_elements(int64_t pairs, int64_t experts);
 cudaError_t sort_pairs(const SortArgs& args, cudaStream_t stream);
 
-// out[position] = x[token_of[position]], rows of `row_bytes` (a multiple of 16), for all positions that
-// an expert has.
-cudaError_t gather_rows(const void* x, const int32_t* token_of, const int32_t* offsets, int experts,
-                        int pairs, int64_t row_bytes, void* out, cudaStream_t stream);
+// out[position_of[t, j]] = x[t] for every pair that has a position; rows of `row_bytes`, a multiple
+// of
+// 16. Each row of x is read once.
+cudaError_t gather_rows(const void* x, const int32_t* position_of, int tokens, int top_k,
+                        int64_t row_bytes, void* out, cudaStream_t stream);
 
 // offsets[e] = rows before group group_offset + e, for rows that are sorted already.
 struct GroupArgs {

@@ -2,10 +2,10 @@
 #ifndef JAXMOE_CSRC_CUDA_TENSOR_MAP_H_
 #define JAXMOE_CSRC_CUDA_TENSOR_MAP_H_
 
-#include <cstdint>
-
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+
+#include <cstdint>
 
 namespace jaxmoe::cuda {
 

@@ -1,9 +1,10 @@
-// The grouped product with mma.sync, for few tokens per expert, where reading the weights is all that
-// counts. A tile is 16 * kRowWarps rows of one expert's matrix by up to kN tokens. The consumer warps
-// share it out: kRowWarps along the rows, kDepthWarps along K, which add their sums through shared
-// memory in a fixed order. A stage holds kBlocks blocks of K for each depth warp. One producer warp
-// keeps a ring of stages full by bulk copies, across tiles, so that memory never waits for the end of
-// a tile; several small blocks of threads per multiprocessor let one multiply while another finishes.
+// The grouped product with mma.sync, for few tokens per expert, where reading the weights is all
+// that counts. A tile is 16 * kRowWarps rows of one expert's matrix by up to kN tokens. The
+// consumer warps share it out: kRowWarps along the rows, kDepthWarps along K, which add their sums
+// through shared memory in a fixed order. A stage holds kBlocks blocks of K for each depth warp.
+// One producer warp keeps a ring of stages full by bulk copies, across tiles, so that memory never
+// waits for the end of a tile; several small blocks of threads per multiprocessor let one multiply
+// while another finishes.
 #ifndef JAXMOE_CSRC_SM90_DECODE_CUH_
 #define JAXMOE_CSRC_SM90_DECODE_CUH_
 
@@ -45,7 +46,7 @@ struct DecodeConfig {
   static constexpr int kWeightBytes = kStageBlocks * kTileBlockBytes;
   static constexpr int kTokenPitch = kStageBlocks * kBlockK * 2 + 16;
   static constexpr int kTokenBytes = kN * kTokenPitch;
-  static constexpr int kSumBytes = kDepthWarps > 1 ? kConsumers * kGroups * 16 : 0;
+  static constexpr int kSumBytes = kDepthWarps > 1 ? kConsumers* kGroups * 16 : 0;
   // Offsets in shared memory.
   static constexpr int kWeights = 0;
   static constexpr int kTokens = kWeights + kStages * kWeightBytes;
@@ -137,8 +138,8 @@ __device__ __forceinline__ void decode_consume(const GemmArgs& args, const TileT
   const uint32_t scales = smem + C::kWeights + depth_warp * C::kTileBlockBytes +
                           C::kRowWarps * C::kWarpElements + row_warp * C::kWarpScales +
                           g * 2 * kScales;
-  const uint32_t rows = smem + C::kTokens + lane % 8 * C::kTokenPitch + depth_warp * kBlockK * 2 +
-                        lane / 8 * 16;
+  const uint32_t rows =
+      smem + C::kTokens + lane % 8 * C::kTokenPitch + depth_warp * kBlockK * 2 + lane / 8 * 16;
   auto* sums = reinterpret_cast<float4*>(pointer + C::kSums);
   Cursor<C::kStages> at;
   int buffer = 0;
@@ -189,8 +190,8 @@ __device__ __forceinline__ void decode_consume(const GemmArgs& args, const TileT
           for (int j = 0; j < 2; ++j) {
             constexpr int kSteps = 4 / kScales;  // of 16 along K with one scale
             const int step = 2 * half + j;
-            dequantize<T>(words[step],
-                          scale_factors<T, C::kFormat>(scale[half], step / kSteps % 2), a[j]);
+            dequantize<T>(words[step], scale_factors<T, C::kFormat>(scale[half], step / kSteps % 2),
+                          a[j]);
           }
 #pragma unroll
           for (int group = 0; group < C::kGroups; ++group) {
@@ -216,8 +217,7 @@ __device__ __forceinline__ void decode_consume(const GemmArgs& args, const TileT
 #pragma unroll
       for (int group = 0; group < C::kGroups; ++group) {
         if (group * 8 < tokens) {
-          to[group * 32] =
-              make_float4(sum[group][0], sum[group][1], sum[group][2], sum[group][3]);
+          to[group * 32] = make_float4(sum[group][0], sum[group][1], sum[group][2], sum[group][3]);
         }
       }
       cuda::named_barrier(1 + row_warp, C::kDepthWarps * 32);
@@ -270,6 +270,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     }
     cuda::fence_barrier_init();
   }
+  cuda::grid_launch_dependents();
   cuda::grid_wait();
   TileTable table(pointer + C::kTables, args.experts);
   table.fill<C::kN>(args.offsets, row_tiles);
@@ -279,7 +280,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   } else {
     decode_consume<C>(args, table, smem, pointer, ring, row_tiles);
   }
-  cuda::grid_launch_dependents();
 }
 
 struct DecodeRun {

@@ -6,11 +6,11 @@
 //
 //   register 0: 15, 8, 7, 6    1: 12, 5, 4, 3    2: 9, 2, 1, 0    3: 14, 11, 10, 13
 //
-// so that a shift and a mask bring them to the bits 15, 8, 7, 6 of a bf16: the number e2m1 * 2^-126,
-// subnormal where e2m1 is. One multiplication by scale * 2^117 then yields e2m1 * scale * 2^-9 for
-// bf16, exactly: a product of e2m1 and e4m3 has at most six significant bits. Eleven integer
-// instructions and four multiplications for eight elements. For fp16 the bits go to 15, 11, 10, 9
-// (e2m1 * 2^-14) and the factor is scale * 2^6, or 2^15 for the largest MXFP4 scale.
+// so that a shift and a mask bring them to the bits 15, 8, 7, 6 of a bf16: the number e2m1 *
+// 2^-126, subnormal where e2m1 is. One multiplication by scale * 2^117 then yields e2m1 * scale *
+// 2^-9 for bf16, exactly: a product of e2m1 and e4m3 has at most six significant bits. Eleven
+// integer instructions and four multiplications for eight elements. For fp16 the bits go to 15, 11,
+// 10, 9 (e2m1 * 2^-14) and the factor is scale * 2^6, or 2^15 for the largest MXFP4 scale.
 #ifndef JAXMOE_CSRC_SM90_DEQUANTIZE_CUH_
 #define JAXMOE_CSRC_SM90_DEQUANTIZE_CUH_
 
@@ -30,9 +30,9 @@ inline constexpr float kUnscale<__half, Format::kNvfp4> = 256.0f;
 template <>
 inline constexpr float kUnscale<__half, Format::kMxfp4> = 0.5f;
 
-// The factors of one block for rows g and g + 8, in the low and the high half; `bytes` holds the scale
-// bytes of two blocks. An NVFP4 byte is `eeeeemmm`, the scale's exponent + 20 and its mantissa; an
-// MXFP4 byte is the factor's bf16 exponent, 244 for the largest scale of the matrix.
+// The factors of one block for rows g and g + 8, in the low and the high half; `bytes` holds the
+// scale bytes of two blocks. An NVFP4 byte is `eeeeemmm`, the scale's exponent + 20 and its
+// mantissa; an MXFP4 byte is the factor's bf16 exponent, 244 for the largest scale of the matrix.
 template <class T, Format kFormat>
 __device__ __forceinline__ uint32_t scale_factors(uint32_t bytes, int block) {
   const uint32_t b = __byte_perm(bytes, 0, block ? 0x4342 : 0x4140);
@@ -68,8 +68,8 @@ __device__ __forceinline__ void unpack<__half>(uint32_t x, uint32_t (&a)[4]) {
   a[3] = ((x << 1) & kSign) | (x & 0x0c000c00u) | ((x >> 4) & 0x02000200u);
 }
 
-// The A fragment of one step: registers 0 and 2 belong to row g, 1 and 3 to row g + 8. (To splat a half
-// of `factors` costs nothing: it is a modifier of the multiplication.)
+// The A fragment of one step: registers 0 and 2 belong to row g, 1 and 3 to row g + 8. (To splat a
+// half of `factors` costs nothing: it is a modifier of the multiplication.)
 template <class T>
 __device__ __forceinline__ void dequantize(uint32_t x, uint32_t factors, uint32_t (&a)[4]) {
   using P = cuda::Pair<T>;

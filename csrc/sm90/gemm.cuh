@@ -2,12 +2,12 @@
 //
 //   out[token, row] = epilogue(sum_k W[expert of token][row, k] * x[token, k])
 //
-// computed as W * x^T: the weights are dequantised into registers and are wgmma's A operand, a tile of
-// up to kN tokens of one expert is its B operand in shared memory. A cluster of kCluster blocks of
-// threads holds a tile of kN tokens by kCluster * kStrips strips of 64 rows at a time, and takes every
-// n-th tile. Its blocks have the tokens in common: each fetches a part of them for all (multicast).
-// One producer warp keeps the ring of stages full, across tiles: tokens by the tensor map of the
-// sorted rows, weights by bulk copies of whole blocks.
+// computed as W * x^T: the weights are dequantised into registers and are wgmma's A operand, a tile
+// of up to kN tokens of one expert is its B operand in shared memory. A cluster of kCluster blocks
+// of threads holds a tile of kN tokens by kCluster * kStrips strips of 64 rows at a time, and takes
+// every n-th tile. Its blocks have the tokens in common: each fetches a part of them for all
+// (multicast). One producer warp keeps the ring of stages full, across tiles: tokens by the tensor
+// map of the sorted rows, weights by bulk copies of whole blocks.
 #ifndef JAXMOE_CSRC_SM90_GEMM_CUH_
 #define JAXMOE_CSRC_SM90_GEMM_CUH_
 
@@ -24,6 +24,7 @@
 namespace jaxmoe::sm90 {
 
 inline constexpr int kWarpgroupThreads = 128;
+inline constexpr int kBoxRows = 32;  // rows of tokens that one copy fetches
 
 template <class T_, Format kFormat_, Epilogue kEpilogue_, int kN_, int kWarpgroups_,
           int kStripsPerWarpgroup_, int kDepth_, int kStages_, int kCluster_, int kBlocksPerSm_ = 1>
@@ -42,16 +43,18 @@ struct GemmConfig {
   static constexpr bool kGated = is_gated(kEpilogue);
   static constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
   static constexpr int kThreads = kConsumers + kWarpgroupThreads;
-  // Registers a thread: few for the producer's warpgroup, of which one warp works, the rest for sums.
+  // Registers a thread: few for the producer's warpgroup, of which one warp works, the rest for
+  // sums.
   static constexpr int kProducerRegisters = 56;
-  static constexpr int kConsumerRegisters =
-      (65536 / kBlocksPerSm / kThreads / 8 * 8 * kThreads - kProducerRegisters * kWarpgroupThreads) /
-      kConsumers / 8 * 8;
+  static constexpr int kConsumerRegisters = (65536 / kBlocksPerSm / kThreads / 8 * 8 * kThreads -
+                                             kProducerRegisters * kWarpgroupThreads) /
+                                            kConsumers / 8 * 8;
 
   static constexpr int kStrips = kWarpgroups * kStripsPerWarpgroup;
   static constexpr int kStripOutputs = kGated ? kStripRows / 2 : kStripRows;
   static constexpr int kWarpgroupOutputs = kStripsPerWarpgroup * kStripOutputs;
 
+  static constexpr int kSizeStep = kN / 8;  // tiles of tokens are cut to multiples of this
   static constexpr int kTileBytes = kN * kBlockK * 2;  // one block of K of the tokens
   static constexpr int kBoxBytes = kBoxRows * kBlockK * 2;
   static constexpr int kTokenBytes = kDepth * kTileBytes;
@@ -82,8 +85,12 @@ struct GemmTile {
     expert = found.expert;
     first_strip = found.row_tile * C::kCluster * C::kStrips;
     if constexpr (C::kCluster > 1) first_strip += cuda::cluster_rank() * C::kStrips;
-    begin = table.offset(expert) + found.token_tile * C::kN;
-    tokens = min(C::kN, table.offset(expert + 1) - begin);
+    // The tiles of an expert are as even as can be: a small one takes nearly as long as a full one.
+    const int first = table.offset(expert), all = table.offset(expert + 1) - first;
+    const int tiles = divide_up(all, C::kN);
+    const int size = divide_up(divide_up(all, tiles), C::kSizeStep) * C::kSizeStep;
+    begin = first + min(found.token_tile * size, all);
+    tokens = min(size, first + all - begin);
   }
 };
 
@@ -104,9 +111,8 @@ __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap*
     const GemmTile<C> t(table, tile, row_tiles);
     const int live_strips = max(0, min(C::kStrips, strips - t.first_strip));
     const int boxes = divide_up(t.tokens, kBoxRows);
-    const uint8_t* weights =
-        args.weights + t.expert * matrix +
-        int64_t{t.first_strip + lane} * blocks * block_bytes(C::kFormat);
+    const uint8_t* weights = args.weights + t.expert * matrix +
+                             int64_t{t.first_strip + lane} * blocks * block_bytes(C::kFormat);
     for (int block = 0; block < blocks; block += C::kDepth) {
       const int live = min(C::kDepth, blocks - block);
       const uint32_t bytes = live * block_bytes(C::kFormat);
@@ -122,8 +128,8 @@ __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap*
       }
       if (lane < kCopies) {
         const int box = lane % kBoxes, d = lane / kBoxes;
-        const uint32_t to = smem + C::kTokens + at.slot * C::kTokenBytes + d * C::kTileBytes +
-                            box * C::kBoxBytes;
+        const uint32_t to =
+            smem + C::kTokens + at.slot * C::kTokenBytes + d * C::kTileBytes + box * C::kBoxBytes;
         const int k = (block + d) * kBlockK, row = t.begin + box * kBoxRows;
         if (box < boxes && d < live) {
           if constexpr (C::kCluster == 1) {
@@ -158,10 +164,9 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kStripsPerWarpgroup][kS
   constexpr int kStrips = C::kStripsPerWarpgroup;
   constexpr int kScales = scales_per_row(C::kFormat);
   const int thread = threadIdx.x % kWarpgroupThreads;
-  const uint32_t elements =
-      smem + C::kWeights + warpgroup * kStrips * C::kStripBytes + thread * 16;
-  const uint32_t scales = elements - thread * 16 + kElementBytes +
-                          (thread / 32 * 8 + thread % 32 / 4) * 2 * kScales;
+  const uint32_t elements = smem + C::kWeights + warpgroup * kStrips * C::kStripBytes + thread * 16;
+  const uint32_t scales =
+      elements - thread * 16 + kElementBytes + (thread / 32 * 8 + thread % 32 / 4) * 2 * kScales;
   uint32_t a[2][kStrips][4];
   int previous = 0;
   for (int first = 0; first < blocks; first += C::kDepth) {
@@ -184,8 +189,8 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kStripsPerWarpgroup][kS
           scale[s][0] = scale[s][1] = cuda::load_shared_4(scales + offset);
         }
       }
-      const uint32_t tokens = swizzled_tile(smem + C::kTokens + at.slot * C::kTokenBytes +
-                                            d * C::kTileBytes);
+      const uint32_t tokens =
+          swizzled_tile(smem + C::kTokens + at.slot * C::kTokenBytes + d * C::kTileBytes);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
 #pragma unroll
@@ -291,18 +296,16 @@ __device__ __forceinline__ void finish(const GemmArgs& args, const GemmTile<C>& 
   }
 }
 
-// Calls run(Int<n>) for the smallest n of kN and 3/4, 1/2 and 1/4 of it that is at least `tokens`.
-template <int kN, class Run>
+// Calls run(Int<n>) for the smallest size n that is at least `tokens`: multiples of kN / 8 in the
+// upper half, of kN / 4 below. (Two strips of 128 with yet more sizes: ptxas finds no registers to
+// keep the products asynchronous.)
+template <int kN, int kSize = kN, class Run>
 __device__ __forceinline__ void with_size(int tokens, Run run) {
-  if (tokens > kN * 3 / 4) {
-    run(Int<kN>());
-  } else if (tokens > kN / 2) {
-    run(Int<kN * 3 / 4>());
-  } else if (tokens > kN / 4) {
-    run(Int<kN / 2>());
-  } else {
-    run(Int<kN / 4>());
+  constexpr int kLess = kSize - (kSize > kN / 2 ? kN / 8 : kN / 4);
+  if constexpr (kLess > 0) {
+    if (tokens <= kLess) return with_size<kN, kLess>(tokens, run);
   }
+  run(Int<kSize>());
 }
 
 template <class C>
@@ -311,10 +314,12 @@ __device__ __forceinline__ void consume(const GemmArgs& args, const TileTable& t
                                         int row_tiles) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int blocks = num_blocks(args.k);
+  const int strips = num_strips(args.outputs, C::kGated);
   Cursor<C::kStages> at;
   for (int tile = blockIdx.x / C::kCluster; tile < table.total(); tile += gridDim.x / C::kCluster) {
     const GemmTile<C> t(table, tile, row_tiles);
-    // Thread i of the warpgroup knows the tile's tokens i and i + 128: their rows of `out` and weights.
+    // Thread i of the warpgroup knows the tile's tokens i and i + 128: their rows of `out` and
+    // weights.
     int target[C::kOwnTokens];
     float weight[C::kOwnTokens];
 #pragma unroll
@@ -325,6 +330,14 @@ __device__ __forceinline__ void consume(const GemmArgs& args, const TileTable& t
         target[i] = args.target ? args.target[t.begin + token] : t.begin + token;
         if (args.row_weight) weight[i] = args.row_weight[args.source[t.begin + token]];
       }
+    }
+    if (t.first_strip + warpgroup * C::kStripsPerWarpgroup >= strips) {  // past the last row
+      for (int block = 0; block < blocks; block += C::kDepth) {
+        cuda::barrier_wait(&ring.full[at.slot], at.phase);
+        release<C>(ring, at.slot);
+        at.advance();
+      }
+      continue;
     }
     float sum[C::kStripsPerWarpgroup][C::kN / 2];
     // An expert's last tile is rarely full: the smallest instruction that holds it will do.
@@ -353,6 +366,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     }
     cuda::fence_barrier_init();
   }
+  cuda::grid_launch_dependents();
   cuda::grid_wait();
   TileTable table(pointer + C::kTables, args.experts);
   table.fill<C::kN>(args.offsets, row_tiles);
@@ -370,7 +384,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kConsumerRegisters));
     consume<C>(args, table, smem, pointer, ring, warpgroup, row_tiles);
   }
-  cuda::grid_launch_dependents();
   // A block must not leave while others may still write to it.
   if constexpr (C::kCluster > 1) cuda::cluster_sync();
 }

@@ -12,9 +12,6 @@ namespace jaxmoe::sm90 {
 enum class Epilogue { kStore, kPlain, kGated, kSwiglu };
 constexpr bool is_gated(Epilogue e) { return e == Epilogue::kGated || e == Epilogue::kSwiglu; }
 
-// Rows of tokens in one box of the tensor map that gemm_kernel fetches them by.
-inline constexpr int kBoxRows = 32;
-
 struct GemmArgs {
   const uint8_t* weights;     // [E] matrices in the sm90_fragment layout
   const float* global_scale;  // [E]
@@ -24,10 +21,10 @@ struct GemmArgs {
   const void* x;              // [rows, k]
   const void* sorted;         // [positions, k], x in the order of positions; gemm_kernel reads this
   int positions;
-  void* out;                  // [rows, outputs]
-  const int32_t* offsets;     // [E + 1]: tokens of expert e are sorted positions offsets[e] ...
-  const int32_t* source;      // row of x at each sorted position, or null: the position
-  const int32_t* target;      // row of out, likewise
+  void* out;               // [rows, outputs]
+  const int32_t* offsets;  // [E + 1]: tokens of expert e are sorted positions offsets[e] ...
+  const int32_t* source;   // row of x at each sorted position, or null: the position
+  const int32_t* target;   // row of out, likewise
   int experts;
   int outputs;
   int k;

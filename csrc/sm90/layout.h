@@ -1,9 +1,10 @@
 // The `sm90_fragment` layout of packed FP4 weights.
 //
-// A matrix W[N, K] of one expert is cut into strips of 64 rows, a strip into blocks of 64 elements of
-// K; blocks lie in the order [strip][block], each contiguous:
+// A matrix W[N, K] of one expert is cut into strips of 64 rows, a strip into blocks of 64 elements
+// of K; blocks lie in the order [strip][block], each contiguous:
 //
-//   elements  [4 warps][32 lanes][4 steps] dwords: what a lane multiplies in four wgmma (or mma.sync)
+//   elements  [4 warps][32 lanes][4 steps] dwords: what a lane multiplies in four wgmma (or
+//   mma.sync)
 //             steps of 16 along K, 8 elements a step in the bit order of dequantize.cuh
 //   scales    [4 warps][8 rows][scales of a row][2: the row, the row + 8], one byte each
 //

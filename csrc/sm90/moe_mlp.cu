@@ -1,15 +1,14 @@
-#include "sm90/moe_mlp.h"
-
 #include <algorithm>
 #include <cstring>
 
 #include "cuda/route.h"
+#include "sm90/moe_mlp.h"
 #include "sm90/tactics.h"
 
 namespace jaxmoe::sm90 {
 namespace {
 
-const Tactic* const kTactics[] = {&kDecode8, &kDecode8Deep, &kWgmma64, &kWgmma128, &kWgmma256};
+const Tactic* const kTactics[] = {&kDecode, &kWgmma64, &kWgmma128, &kWgmma256};
 
 const Tactic* find(const std::string& name) {
   for (const Tactic* t : kTactics) {
@@ -36,7 +35,7 @@ class Arena {
 };
 
 struct MlpWorkspace {
-  int32_t *offsets, *token_of, *pair_of, *counts;
+  int32_t *offsets, *token_of, *pair_of, *position_of, *counts;
   uint16_t* h;  // [pairs, I] in sorted order
   uint16_t* y;  // [pairs, H]: first x in sorted order, then the results in the order of pairs
   int64_t bytes;
@@ -47,6 +46,7 @@ struct MlpWorkspace {
     offsets = arena.take<int32_t>(s.experts + 1);
     token_of = arena.take<int32_t>(pairs);
     pair_of = arena.take<int32_t>(pairs);
+    position_of = arena.take<int32_t>(pairs);
     counts = arena.take<int32_t>(cuda::sort_count_elements(pairs, s.experts));
     h = arena.take<uint16_t>(pairs * s.intermediate);
     y = arena.take<uint16_t>(pairs * s.hidden);
@@ -59,13 +59,9 @@ std::string failed(const char* what, cudaError_t error) {
 }
 
 // Fills in what every launch shares; "" or a complaint.
-std::string prepare(const std::string& name, int64_t rows, int64_t experts, int64_t outputs,
-                    const Tactic** tactic, Launch* launch) {
-  if (experts > kMaxExperts) {
-    return "at most " + std::to_string(kMaxExperts) + " experts are supported, got " +
-           std::to_string(experts) + "; split them with expert_offset";
-  }
-  *tactic = find(name.empty() ? default_tactic(rows, experts, outputs) : name);
+std::string prepare(const std::string& name, int64_t rows, int64_t experts, const Tactic** tactic,
+                    Launch* launch) {
+  *tactic = find(name.empty() ? default_tactic(rows, experts) : name);
   if (*tactic == nullptr) {
     std::string names;
     for (const Tactic* t : kTactics) names += (names.empty() ? "" : ", ") + std::string(t->name);
@@ -74,7 +70,8 @@ std::string prepare(const std::string& name, int64_t rows, int64_t experts, int6
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&launch->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    error =
+        cudaDeviceGetAttribute(&launch->multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   return error == cudaSuccess ? "" : failed("cudaDeviceGetAttribute", error);
 }
@@ -90,15 +87,14 @@ const std::vector<TacticInfo>& tactics() {
   return *list;
 }
 
-const char* default_tactic(int64_t rows, int64_t experts, int64_t outputs) {
-  const int64_t touched = std::max<int64_t>(1, std::min(rows, experts));
-  const int64_t mean = rows / touched;
-  // Too few strips to keep four blocks of threads busy on every multiprocessor: share out K as well.
-  const bool few = touched * divide_up(outputs, kStripRows) < 1024;
-  const Tactic* tactic = mean <= 5    ? (few ? &kDecode8Deep : &kDecode8)
-                         : mean <= 40 ? &kWgmma64
-                         : mean <= 256 ? &kWgmma128
-                                       : &kWgmma256;
+// By the tokens of an expert, if all experts that can have one have as many; as measured on an H100
+// (docs/performance.md).
+const char* default_tactic(int64_t rows, int64_t experts) {
+  const int64_t mean = rows / std::max<int64_t>(1, std::min(rows, experts));
+  const Tactic* tactic = rows <= 16   ? &kDecode
+                         : mean <= 48 ? &kWgmma64
+                         : mean < 128 ? &kWgmma128
+                                      : &kWgmma256;
   return tactic->name;
 }
 
@@ -116,8 +112,7 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
   if (s.tokens == 0) return "";
   const Tactic* tactic;
   Launch launch{a.format, a.dtype, Epilogue::kStore, 0, stream};
-  const std::string complaint =
-      prepare(name, s.tokens * s.top_k, s.experts, s.hidden, &tactic, &launch);
+  const std::string complaint = prepare(name, s.tokens * s.top_k, s.experts, &tactic, &launch);
   if (!complaint.empty()) return complaint;
   const MlpWorkspace w(workspace, s);
 
@@ -130,13 +125,14 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
   sort.offsets = w.offsets;
   sort.token_of = w.token_of;
   sort.pair_of = w.pair_of;
+  sort.position_of = w.position_of;
   sort.counts = w.counts;
   cudaError_t error = cuda::sort_pairs(sort, stream);
   if (error != cudaSuccess) return failed("sort_pairs", error);
 
   if (tactic->reads_sorted) {
-    error = cuda::gather_rows(a.x, w.token_of, w.offsets, sort.experts, sort.pairs, s.hidden * 2,
-                              w.y, stream);
+    error = cuda::gather_rows(a.x, w.position_of, static_cast<int>(s.tokens), sort.top_k,
+                              s.hidden * 2, w.y, stream);
     if (error != cudaSuccess) return failed("gather_rows", error);
   }
   GemmArgs up{};
@@ -200,7 +196,7 @@ std::string grouped_matmul(const GroupedArgs& a, const std::string& name, void* 
   if (s.rows == 0) return "";
   const Tactic* tactic;
   Launch launch{a.format, a.dtype, Epilogue::kStore, 0, stream};
-  const std::string complaint = prepare(name, s.rows, s.experts, s.n, &tactic, &launch);
+  const std::string complaint = prepare(name, s.rows, s.experts, &tactic, &launch);
   if (!complaint.empty()) return complaint;
 
   cuda::GroupArgs group{};

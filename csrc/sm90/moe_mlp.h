@@ -3,11 +3,11 @@
 #ifndef JAXMOE_CSRC_SM90_MOE_MLP_H_
 #define JAXMOE_CSRC_SM90_MOE_MLP_H_
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
 #include <string>
 #include <vector>
-
-#include <cuda_runtime_api.h>
 
 #include "cuda/activations.h"
 #include "sm90/layout.h"
@@ -16,13 +16,15 @@ namespace jaxmoe::sm90 {
 
 enum class Dtype { kBf16, kFp16 };
 
+inline constexpr int kMaxExperts = 1024;  // each block of threads keeps a table of them
+
 // Kernels of the two products and their tile shapes, by name; the empty name is `default_tactic`.
 struct TacticInfo {
   const char* name;
   int smem_bytes;  // most shared memory that one of its kernels takes
 };
 const std::vector<TacticInfo>& tactics();
-const char* default_tactic(int64_t rows, int64_t experts, int64_t outputs);
+const char* default_tactic(int64_t rows, int64_t experts);
 
 struct MlpShape {
   int64_t tokens;
@@ -39,18 +41,18 @@ struct MlpArgs {
   cuda::Activation activation;
   int num_params;
   bool weight_on_input;
-  const void* x;                // [T, H]
-  const uint8_t* gate_up;       // [E, matrix_bytes(format, I, H, gated)]
-  const float* gate_up_global;  // [E]
-  const uint8_t* down;          // [E, matrix_bytes(format, H, I, false)]
-  const float* down_global;     // [E]
-  const float* gate_up_bias;    // [E, 2I] or [E, I], or null
-  const float* down_bias;       // [E, H], or null
-  const float* params;          // [num_params, E]
-  const int32_t* expert_ids;    // [T, k]
-  const float* weights;         // [T, k]
-  const int32_t* expert_offset; // [] on the device
-  void* out;                    // [T, H]
+  const void* x;                 // [T, H]
+  const uint8_t* gate_up;        // [E, matrix_bytes(format, I, H, gated)]
+  const float* gate_up_global;   // [E]
+  const uint8_t* down;           // [E, matrix_bytes(format, H, I, false)]
+  const float* down_global;      // [E]
+  const float* gate_up_bias;     // [E, 2I] or [E, I], or null
+  const float* down_bias;        // [E, H], or null
+  const float* params;           // [num_params, E]
+  const int32_t* expert_ids;     // [T, k]
+  const float* weights;          // [T, k]
+  const int32_t* expert_offset;  // [] on the device
+  void* out;                     // [T, H]
 };
 
 struct GroupedShape {

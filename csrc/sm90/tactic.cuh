@@ -1,5 +1,5 @@
-// Instantiates one tactic: `Config<T, format, epilogue>` names a configuration of a kernel and `Run`
-// launches it.
+// Instantiates one tactic: `Config<T, format, epilogue>` names a configuration of a kernel and
+// `Run` launches it.
 #ifndef JAXMOE_CSRC_SM90_TACTIC_CUH_
 #define JAXMOE_CSRC_SM90_TACTIC_CUH_
 

@@ -1,5 +1,5 @@
-// The tactics: how one grouped product is cut into tiles. Each is instantiated in its own translation
-// unit (tactic_*.cu) for every format, dtype and epilogue.
+// The tactics: how one grouped product is cut into tiles. Each is instantiated in its own
+// translation unit (tactic_*.cu) for every format, dtype and epilogue.
 #ifndef JAXMOE_CSRC_SM90_TACTICS_H_
 #define JAXMOE_CSRC_SM90_TACTICS_H_
 
@@ -20,15 +20,12 @@ struct Launch {
 
 struct Tactic {
   const char* name;
-  int smem_bytes;  // at kMaxExperts, the largest over formats, dtypes and epilogues
+  int smem_bytes;     // at kMaxExperts, the largest over formats, dtypes and epilogues
   bool reads_sorted;  // GemmArgs::sorted in place of x and source
   cudaError_t (*run)(const GemmArgs& args, const Launch& launch);
 };
 
-inline constexpr int kMaxExperts = 1024;
-
-extern const Tactic kDecode8;
-extern const Tactic kDecode8Deep;
+extern const Tactic kDecode;
 extern const Tactic kWgmma64;
 extern const Tactic kWgmma128;
 extern const Tactic kWgmma256;

@@ -15,7 +15,9 @@ class TileTable {
   static constexpr int bytes(int experts) { return 2 * (experts + 1) * 4; }
 
   __device__ TileTable(uint8_t* memory, int experts)
-      : offsets_(reinterpret_cast<int*>(memory)), first_(offsets_ + experts + 1), experts_(experts) {}
+      : offsets_(reinterpret_cast<int*>(memory)),
+        first_(offsets_ + experts + 1),
+        experts_(experts) {}
 
   // All threads, before a __syncthreads. The first warp adds up the tiles.
   template <int kN>
@@ -47,8 +49,8 @@ class TileTable {
     int expert, row_tile, token_tile;
   };
 
-  // Token tiles vary fastest, in groups of kGroup: they share a tile of weights, and the tokens of a
-  // group stay in the L2 cache while the weights pass by.
+  // Token tiles vary fastest, in groups of kGroup: they share a tile of weights, and the tokens of
+  // a group stay in the L2 cache while the weights pass by.
   template <int kN>
   __device__ Found find(int tile, int row_tiles) const {
     constexpr int kGroup = 8;
@@ -69,8 +71,8 @@ class TileTable {
     return {low, in_group / width, group * kGroup + in_group % width};
   }
 
-  // A contiguous share of the tiles, one after the other; the token tiles of a tile of weights follow
-  // each other. For kernels that stream the weights once.
+  // A contiguous share of the tiles, one after the other; the token tiles of a tile of weights
+  // follow each other. For kernels that stream the weights once.
   template <int kN>
   class Walk {
    public:

@@ -138,6 +138,15 @@ def _alignment(row: Row, problem: Problem, target: Target, table: Sequence[Row])
     return None
 
 
+def _experts(row: Row, problem: Problem, target: Target, table: Sequence[Row]) -> str | None:
+    if row.max_experts is None or problem.num_experts <= row.max_experts:
+        return None
+    return (
+        f"requires at most {row.max_experts} experts in a call; got {problem.num_experts}: split "
+        "them, each part with its expert_offset"
+    )
+
+
 def _built(row: Row, problem: Problem, target: Target, table: Sequence[Row]) -> str | None:
     if row.platform is None or row.variant in target.built:
         return None
@@ -184,6 +193,7 @@ _REQUIREMENTS: tuple[tuple[Reason | None, _Requirement], ...] = (
     (Reason.ACTIVATION_UNSUPPORTED, _activation),
     (Reason.BIAS_UNSUPPORTED, _bias),
     (Reason.SHAPE_UNALIGNED, _alignment),
+    (Reason.TOO_MANY_EXPERTS, _experts),
     (Reason.NOT_BUILT, _built),
     (Reason.CPU_FEATURE_MISSING, _features),
     (Reason.SELF_TEST_FAILED, _self_test),

@@ -110,6 +110,7 @@ class Reason(enum.Enum):
     ACTIVATION_UNSUPPORTED = "activation_unsupported"
     BIAS_UNSUPPORTED = "bias_unsupported"
     SHAPE_UNALIGNED = "shape_unaligned"
+    TOO_MANY_EXPERTS = "too_many_experts"
     NOT_BUILT = "not_built"
     CPU_FEATURE_MISSING = "cpu_feature_missing"
     SELF_TEST_FAILED = "self_test_failed"
@@ -133,6 +134,7 @@ class Row:
       activations: names of its activation functions, or None for any.
       bias: whether it adds biases.
       alignment: `(K, N)`: contracted sizes are multiples of K, output sizes of N.
+      max_experts: most experts in one call, or None.
       smem_bytes: most shared memory that one of its kernels takes, or None.
       features: CPU features that it needs.
       layout: the layout of prepared weights that it reads.
@@ -156,6 +158,7 @@ class Row:
     activations: frozenset[str] | None = ACTIVATIONS
     bias: bool = True
     alignment: tuple[int, int] = (1, 1)
+    max_experts: int | None = None
     smem_bytes: int | None = None
     features: frozenset[str] = frozenset()
     deterministic: bool = True
@@ -288,7 +291,15 @@ TABLE: tuple[Row, ...] = (
             "weights, more accurately: pass compute='w4a16'",
         ),
     ),
-    _sm90("sm90_w4a16", _W4A16, "weights scaled exactly to the activations' dtype, wgmma"),
+    _sm90(
+        "sm90_w4a16",
+        _W4A16,
+        "weights scaled exactly to the activations' dtype, wgmma",
+        max_experts=1024,
+        smem_bytes=209496,
+        evidence="hardware",
+        record="docs/evidence/sm90-h100.md",
+    ),
     Row(
         variant="sm80_w4a16",
         provider="jaxmoe",

@@ -90,10 +90,11 @@ def run_tactic(problem, tactic):
 
 
 @functools.cache
-def grouped_by_tactic(tactic: str):
-    return jax.jit(
-        functools.partial(sm90.grouped_matmul, VARIANT, tactic=tactic), static_argnames="out_dtype"
-    )
+def grouped_by_tactic(tactic: str, out_dtype: str):
+    def call(*operands):
+        return sm90.grouped_matmul(VARIANT, *operands, out_dtype, tactic=tactic)
+
+    return jax.jit(call)
 
 
 def run_grouped_tactic(problem, tactic):
@@ -102,13 +103,12 @@ def run_grouped_tactic(problem, tactic):
         return run_grouped(problem, VARIANT)
     x, w, sizes = problem.call_args()
     kwargs = problem.call_kwargs()
-    y = grouped_by_tactic(tactic)(
+    y = grouped_by_tactic(tactic, x.dtype.name)(
         x,
         jaxmoe.prepare(w, VARIANT),
         sizes,
         kwargs["bias"],
         jnp.int32(kwargs["group_offset"] or 0),
-        out_dtype=x.dtype.name,
     )
     return np.asarray(y)
 

@@ -9,7 +9,7 @@ using Config = DecodeConfig<T, kFormat, kEpilogue, 8, 4, 4, 1, 12, 1>;
 
 }  // namespace
 
-const Tactic kDecode8Deep = {"decode8_deep", Instances<Config, DecodeRun>::smem_bytes(), false,
-                         Instances<Config, DecodeRun>::run};
+const Tactic kDecode = {"decode", Instances<Config, DecodeRun>::smem_bytes(), false,
+                        Instances<Config, DecodeRun>::run};
 
 }  // namespace jaxmoe::sm90
