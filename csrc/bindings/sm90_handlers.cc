@@ -56,9 +56,9 @@ void check_names(Check& check, std::string_view variant, std::string_view format
   check.require(known, "tactic must be '' or one of " + names + ", got " + quoted(tactic));
 }
 
-// Kernels index with 32 bits.
+// Kernels index with 32 bits, and step past the end by less than a grid.
 void check_int32(Check& check, const char* name, int64_t value) {
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() - (1 << 20);
   check.require(value <= kMax,
                 std::string(name) + " must be at most " + text(kMax) + ", got " + text(value));
 }
@@ -67,6 +67,14 @@ void check_experts(Check& check, int64_t experts) {
   check.require(experts <= sm90::kMaxExperts,
                 "the weights must be of at most " + text(sm90::kMaxExperts) + " experts, got " +
                     text(experts) + "; split them with expert_offset");
+}
+
+// Rows are copied 16 bytes at a time.
+void check_aligned(Check& check, const char* name, const ffi::AnyBuffer& buffer) {
+  const auto address = reinterpret_cast<uintptr_t>(buffer.untyped_data());
+  check.require(address % 16 == 0, std::string(name) +
+                                       " must start at a multiple of 16 bytes, got " +
+                                       text(static_cast<int64_t>(address % 16)) + " past one");
 }
 
 void* aligned(const ffi::AnyBuffer& workspace) {
@@ -99,6 +107,12 @@ ffi::Error moe_mlp(cudaStream_t stream, const MoeMlpCall& call) {
   check_int32(check, "tokens times top_k", call.tokens() * call.top_k());
   check_int32(check, "hidden_size", call.hidden_size);
   check_int32(check, "twice intermediate_size", 2 * call.intermediate_size);
+  check.require(call.top_k() > 0, "expert_ids must have at least one choice for each token, got " +
+                                      describe(call.expert_ids));
+  check_aligned(check, "x", call.x);
+  check_aligned(check, "gate_up", call.gate_up);
+  check_aligned(check, "down", call.down);
+  check_aligned(check, "out", call.out);
   args.shape = {call.tokens(), call.hidden_size, call.intermediate_size, call.experts(),
                 call.top_k()};
   if (check.ok()) {
@@ -150,6 +164,9 @@ ffi::Error grouped_matmul(cudaStream_t stream, const GroupedMatmulCall& call) {
   check_int32(check, "rows of x", call.rows());
   check_int32(check, "n", call.n);
   check_int32(check, "k", call.k);
+  check_aligned(check, "x", call.x);
+  check_aligned(check, "w", call.w);
+  check_aligned(check, "out", call.out);
   args.shape = {call.rows(), call.n, call.k, call.experts(), call.groups()};
   if (check.ok()) {
     check_workspace(check, call.workspace,

@@ -61,6 +61,10 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_
       "l"(from), "r"(bytes), "r"(smem_address(bar))
       : "memory");
 }
+// Orders ordinary accesses to shared memory before those of asynchronous copies.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 // A box of a tensor map, to the same place in every block of the cluster that `blocks` has a bit
 // for.
 __device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map, int x, int y,

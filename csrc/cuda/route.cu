@@ -249,8 +249,9 @@ cudaError_t sort_pairs(const SortArgs& args, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   const int smem = kWarps * args.experts * 4;
-  const cudaError_t error =
-      cudaFuncSetAttribute(place_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+  // The most, not `smem`: the limit is the function's, and other threads launch it too.
+  const cudaError_t error = cudaFuncSetAttribute(
+      place_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWarps * kMaxExperts * 4);
   if (error != cudaSuccess) return error;
   return launch(place_kernel, dim3(blocks), kThreads, smem, stream, args);
 }

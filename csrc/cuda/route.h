@@ -8,6 +8,8 @@
 
 namespace jaxmoe::cuda {
 
+inline constexpr int kMaxExperts = 1024;  // of one call: blocks of threads keep tables of them
+
 // A stable counting sort of the pairs (token, choice) by expert. Pairs whose expert is not in
 // [expert_offset, expert_offset + experts) get no position.
 struct SortArgs {

@@ -84,6 +84,8 @@ __device__ __forceinline__ void decode_produce(const GemmArgs& args, const TileT
         for (int to = row_bytes; to < live * kBlockK * 2; to += 16) {
           cuda::store_shared_zero_16(row_to + to);
         }
+        if (row_bytes < live * kBlockK * 2)
+          cuda::fence_async_proxy();  // a later copy may land here
       }
       __syncwarp();
       if (lane == 0) {
@@ -286,7 +288,7 @@ struct DecodeRun {
   template <class C>
   static cudaError_t run(const GemmArgs& args, const Launch& launch) {
     const int smem = C::smem_bytes(args.experts);
-    const cudaError_t error = allow_smem<C>(decode_kernel<C>, smem);
+    const cudaError_t error = allow_smem<C>(decode_kernel<C>);
     if (error != cudaSuccess) return error;
     return cuda::launch(decode_kernel<C>, dim3(launch.multiprocessors * C::kBlocksPerSm),
                         C::kThreads, smem, launch.stream, args);

@@ -20,7 +20,7 @@ struct Finish {
   Finish() = default;
   // `warp_row`: the first of the warp's rows: of `out`'s columns, or of gate and up each.
   __device__ __forceinline__ Finish(const GemmArgs& args, int expert, int warp_row, int g)
-      : scale(args.global_scale[expert] * kUnscale<T, kFormat>),
+      : scale(args.global_scale[expert]),
         bias(0.0f),
         bias8(0.0f),
         params{0.0f, 0.0f, 0.0f},
@@ -46,12 +46,16 @@ struct Finish {
   __device__ __forceinline__ void operator()(const float* sum, float2 weight,
                                              uint32_t (&out)[2]) const {
     using P = cuda::Pair<T>;
+    // One after the other: the product of the factors may leave float32's range where no result
+    // does.
+    constexpr float kFactor = kUnscale<T, kFormat>;
     const float s[2] = {scale * weight.x, scale * weight.y};
     if constexpr (is_gated(kEpilogue)) {
       float h[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float gate = sum[i] * s[i] + bias, up = sum[2 + i] * s[i] + bias8;
+        const float gate = sum[i] * kFactor * s[i] + bias;
+        const float up = sum[2 + i] * kFactor * s[i] + bias8;
         h[i] = kEpilogue == Epilogue::kSwiglu ? cuda::swiglu(gate, up, params)
                                               : cuda::activate_gated(activation, gate, up, params);
       }
@@ -60,7 +64,7 @@ struct Finish {
       float y[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        y[i] = sum[i] * s[i % 2] + (i < 2 ? bias : bias8);
+        y[i] = sum[i] * kFactor * s[i % 2] + (i < 2 ? bias : bias8);
         if constexpr (kEpilogue == Epilogue::kPlain) y[i] = cuda::activate_plain(activation, y[i]);
       }
       out[0] = P::make(y[0], y[1]);

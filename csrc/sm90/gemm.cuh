@@ -144,14 +144,16 @@ __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap*
   }
 }
 
-// This warpgroup is through with a stage: so the blocks of the cluster that fill it are told.
+// This warp is through with a stage: so the blocks of the cluster that fill it are told. Every warp
+// says so for itself, since nothing else holds the four warps of a warpgroup together.
 template <class C>
 __device__ __forceinline__ void release(const Ring& ring, int slot) {
-  const int thread = threadIdx.x % kWarpgroupThreads;
+  const int lane = threadIdx.x % 32;
+  __syncwarp();
   if constexpr (C::kCluster == 1) {
-    if (thread == 0) cuda::barrier_arrive(&ring.empty[slot]);
-  } else if (thread < C::kCluster) {
-    cuda::barrier_arrive_at(&ring.empty[slot], thread);
+    if (lane == 0) cuda::barrier_arrive(&ring.empty[slot]);
+  } else if (lane < C::kCluster) {
+    cuda::barrier_arrive_at(&ring.empty[slot], lane);
   }
 }
 
@@ -362,7 +364,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     cuda::prefetch_map(&rows);
     for (int i = 0; i < C::kStages; ++i) {
       cuda::barrier_init(&ring.full[i], 1);
-      cuda::barrier_init(&ring.empty[i], C::kCluster * C::kWarpgroups);
+      cuda::barrier_init(&ring.empty[i], C::kCluster * C::kConsumers / 32);
     }
     cuda::fence_barrier_init();
   }
@@ -392,7 +394,7 @@ struct GemmRun {
   template <class C>
   static cudaError_t run(const GemmArgs& args, const Launch& launch) {
     const int smem = C::smem_bytes(args.experts);
-    cudaError_t error = allow_smem<C>(gemm_kernel<C>, smem);
+    cudaError_t error = allow_smem<C>(gemm_kernel<C>);
     if (error != cudaSuccess) return error;
     CUtensorMap rows;
     error = cuda::make_row_map(args.sorted, args.positions, args.k, kBoxRows,

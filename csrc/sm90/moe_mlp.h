@@ -10,13 +10,14 @@
 #include <vector>
 
 #include "cuda/activations.h"
+#include "cuda/route.h"
 #include "sm90/layout.h"
 
 namespace jaxmoe::sm90 {
 
 enum class Dtype { kBf16, kFp16 };
 
-inline constexpr int kMaxExperts = 1024;  // each block of threads keeps a table of them
+using cuda::kMaxExperts;
 
 // Kernels of the two products and their tile shapes, by name; the empty name is `default_tactic`.
 struct TacticInfo {

@@ -13,11 +13,14 @@ namespace jaxmoe::sm90 {
 
 inline constexpr int kSmemLimit = 232448;  // of one thread block on SM 90
 
+// Always the most that the kernel may take: the limit belongs to the function, and a launch on
+// another thread with more experts must not find it lowered.
 template <class C, class Kernel>
-cudaError_t allow_smem(Kernel kernel, int bytes) {
+cudaError_t allow_smem(Kernel kernel) {
   // The system keeps 1 KiB of every thread block.
   static_assert((C::smem_bytes(kMaxExperts) + 1024) * C::kBlocksPerSm <= kSmemLimit + 1024);
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              C::smem_bytes(kMaxExperts));
 }
 
 template <template <class, Format, Epilogue> class Config, class Run>
