@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from jaxmoe.capability.problem import Problem
-from jaxmoe.capability.table import KNOWN_SMS, UNKNOWN_SM_NAMES, Reason, Row
+from jaxmoe.capability.table import (
+    KNOWN_SMS,
+    UNKNOWN_SM_NAMES,
+    WRITTEN_FAMILIES,
+    Reason,
+    Row,
+)
 from jaxmoe.capability.targets import Target
 
 
@@ -155,9 +161,12 @@ def _built(row: Row, problem: Problem, target: Target, table: Sequence[Row]) -> 
             "this build holds no such kernel in its CPU library (jaxmoe._cpu): install jaxmoe "
             "from source with a C++17 compiler"
         )
+    holds_none = f"this build holds no {row.family} library (jaxmoe._{row.family})"
+    if row.family not in WRITTEN_FAMILIES:
+        return f"{holds_none}: its kernels are not written yet; xla runs the problem as w4a16"
     return (
-        f"this build holds no {row.family} library (jaxmoe._{row.family}): build jaxmoe from "
-        f"source with nvcc and -C cmake.define.JAXMOE_CUDA_FAMILIES={row.family}"
+        f"{holds_none}: build jaxmoe from source with nvcc and -C "
+        f"cmake.define.JAXMOE_CUDA_FAMILIES={row.family}"
     )
 
 

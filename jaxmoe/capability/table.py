@@ -43,6 +43,9 @@ ACTIVATIONS = frozenset(
     }
 )
 
+# GPU families whose library can be built (CMakeLists.txt refuses the others by name).
+WRITTEN_FAMILIES = frozenset({"sm90"})
+
 # SMs that the project knows, with or without a row. All others (107, 110, 130, ...) are refused
 # by name.
 KNOWN_SMS = frozenset({70, 75, 80, 86, 89, 90, 100, 103, 120, 121})
