@@ -5,6 +5,7 @@
 Needs `cuobjdump` on PATH or in the package nvidia-cuda-cuobjdump.
 """
 
+import contextlib
 import importlib.metadata
 import re
 import shutil
@@ -19,9 +20,10 @@ def cuobjdump() -> str:
     found = shutil.which("cuobjdump")
     if found:
         return found
-    for file in importlib.metadata.files("nvidia-cuda-cuobjdump") or ():
-        if file.name == "cuobjdump":
-            return str(file.locate())
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("nvidia-cuda-cuobjdump") or ():
+            if file.name == "cuobjdump":
+                return str(file.locate())
     sys.exit("cuobjdump was not found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
 
 

@@ -54,21 +54,13 @@ class TileTable {
   template <int kN>
   __device__ Found find(int tile, int row_tiles) const {
     constexpr int kGroup = 8;
-    int low = 0, high = experts_;  // first_[low] <= tile < first_[high]
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (first_[middle] <= tile) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    const int token_tiles = (offsets_[low + 1] - offsets_[low] + kN - 1) / kN;
-    const int within = tile - first_[low];
+    const int expert = expert_of(tile);
+    const int token_tiles = (offsets_[expert + 1] - offsets_[expert] + kN - 1) / kN;
+    const int within = tile - first_[expert];
     const int group = within / (row_tiles * kGroup);
     const int in_group = within - group * row_tiles * kGroup;
     const int width = min(kGroup, token_tiles - group * kGroup);
-    return {low, in_group / width, group * kGroup + in_group % width};
+    return {expert, in_group / width, group * kGroup + in_group % width};
   }
 
   // A contiguous share of the tiles, one after the other; the token tiles of a tile of weights
@@ -81,19 +73,10 @@ class TileTable {
       const int begin = static_cast<int>(total * blockIdx.x / gridDim.x);
       left_ = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x) - begin;
       if (left_ == 0) return;
-      int low = 0, high = table.experts_;
-      while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (table.first_[middle] <= begin) {
-          low = middle;
-        } else {
-          high = middle;
-        }
-      }
-      expert = low;
+      expert = table.expert_of(begin);
       enter();
-      row_tile = (begin - table.first_[low]) / token_tiles_;
-      token_tile_ = (begin - table.first_[low]) % token_tiles_;
+      row_tile = (begin - table.first_[expert]) / token_tiles_;
+      token_tile_ = (begin - table.first_[expert]) % token_tiles_;
     }
     __device__ bool done() const { return left_ == 0; }
     __device__ void next() {
@@ -123,6 +106,20 @@ class TileTable {
   };
 
  private:
+  // The expert that a tile belongs to: first_[expert] <= tile < first_[expert + 1].
+  __device__ int expert_of(int tile) const {
+    int low = 0, high = experts_;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (first_[middle] <= tile) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
   int* offsets_;
   int* first_;
   int experts_;

@@ -171,16 +171,6 @@ JAXMOE_WGMMA(__half, "f16", 256, JAXMOE_F128, JAXMOE_OUT_256, "128", "129", "130
              "133")
 #undef JAXMOE_OUT_256
 
-#define JAXMOE_OUT_8 "%0, %1, %2, %3"
-JAXMOE_WGMMA(__nv_bfloat16, "bf16", 8, JAXMOE_F4, JAXMOE_OUT_8, "4", "5", "6", "7", "8", "9")
-JAXMOE_WGMMA(__half, "f16", 8, JAXMOE_F4, JAXMOE_OUT_8, "4", "5", "6", "7", "8", "9")
-#undef JAXMOE_OUT_8
-#define JAXMOE_F12(d, i) JAXMOE_F8(d, i), JAXMOE_F4(d, i + 8)
-#define JAXMOE_OUT_24 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11"
-JAXMOE_WGMMA(__nv_bfloat16, "bf16", 24, JAXMOE_F12, JAXMOE_OUT_24, "12", "13", "14", "15", "16",
-             "17")
-JAXMOE_WGMMA(__half, "f16", 24, JAXMOE_F12, JAXMOE_OUT_24, "12", "13", "14", "15", "16", "17")
-#undef JAXMOE_OUT_24
 #define JAXMOE_F20(d, i) JAXMOE_F16(d, i), JAXMOE_F4(d, i + 16)
 #define JAXMOE_OUT_40                                                                \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
@@ -199,7 +189,6 @@ JAXMOE_WGMMA(__half, "f16", 56, JAXMOE_F28, JAXMOE_OUT_56, "28", "29", "30", "31
 #undef JAXMOE_OUT_56
 
 #undef JAXMOE_WGMMA
-#undef JAXMOE_F12
 #undef JAXMOE_F20
 #undef JAXMOE_F28
 #undef JAXMOE_F80
