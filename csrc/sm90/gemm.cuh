@@ -145,11 +145,11 @@ __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap*
 }
 
 // This warp is through with a stage: so the blocks of the cluster that fill it are told. Every warp
-// says so for itself, since nothing else holds the four warps of a warpgroup together.
+// says so for itself, since nothing else holds the four warps of a warpgroup together. Its lanes
+// are together: a wait for wgmma comes first. (A __syncwarp here makes ptxas serialise every wgmma.)
 template <class C>
 __device__ __forceinline__ void release(const Ring& ring, int slot) {
   const int lane = threadIdx.x % 32;
-  __syncwarp();
   if constexpr (C::kCluster == 1) {
     if (lane == 0) cuda::barrier_arrive(&ring.empty[slot]);
   } else if (lane < C::kCluster) {
