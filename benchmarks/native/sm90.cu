@@ -6,7 +6,8 @@
 //   ./bench_sm90 check odd,qwen3-30b-a3b nvfp4,mxfp4 1,17,300 auto,decode,wgmma64
 //   ./bench_sm90 time gpt-oss-120b mxfp4 1,64,4096 auto
 //
-// x is bf16, the activation SwiGLU, without biases. A line has the layer, format, tokens, tactic
+// The formats are nvfp4, mxfp4, and mxfp4-fp8: mxfp4 with x and h quantised to e4m3 (W4A8). x is
+// bf16, the activation SwiGLU, without biases. A line has the layer, format, tokens, tactic
 // and error relative to float64 on a few tokens; with `time`, also the median time, packed bytes of
 // the experts touched per second, and arithmetic rate. The exit status is 0 if all is right.
 #include <cuda_bf16.h>
@@ -31,7 +32,9 @@ namespace {
 
 using Bf16 = __nv_bfloat16;
 
-constexpr double kMaxError = 1e-2;  // a correct kernel is several times closer
+// A correct kernel is several times closer; with e4m3 activations, about 0.04 away.
+constexpr double max_error(Format format) { return is_fp8(format) ? 6e-2 : 1e-2; }
+const char* const kFormats[] = {"nvfp4", "mxfp4", "mxfp4-fp8"};  // as in Format
 
 struct Layer {
   std::string name;
@@ -107,7 +110,7 @@ struct Matrices {
 
   int64_t bytes() const { return experts * matrix_bytes(format, outputs, k, gated); }
   __device__ int rows() const { return gated ? 2 * outputs : outputs; }
-  __device__ int scale_block() const { return kBlockK / scales_per_row(format); }
+  __device__ int scale_block() const { return block_k(format) / scales_per_row(format); }
   __device__ uint64_t row_index(int expert, int row) const {
     return static_cast<uint64_t>(expert) * rows() + row;
   }
@@ -119,14 +122,17 @@ struct Matrices {
   __device__ uint32_t scale(int expert, int row, int block) const {
     const uint32_t h =
         hash((static_cast<uint64_t>(seed + 77) << 48) ^ (row_index(expert, row) * 4096 + block));
+    if (is_fp8(format)) return 8 * (12 - h % 7);  // relative to kRowExponent
     return format == Format::kNvfp4 ? (17 << 3) + h % 40 : 244 - h % 7;
   }
+  static constexpr uint32_t kRowExponent = 127 - 6;
   __device__ float value(int expert, int row, int column) const {
     constexpr float kMagnitudes[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
     const uint32_t code = element(expert, row, column);
     const uint32_t s = scale(expert, row, column / scale_block());
-    const uint32_t bits =
-        format == Format::kNvfp4 ? (s + ((127 - 20) << 3)) << 20 : (s + 127 - 244) << 23;
+    const uint32_t bits = is_fp8(format)             ? (s / 8 - 6 + kRowExponent) << 23
+                          : format == Format::kNvfp4 ? (s + ((127 - 20) << 3)) << 20
+                                                     : (s + 127 - 244) << 23;
     return (code & 8 ? -1.0f : 1.0f) * kMagnitudes[code & 7] * __uint_as_float(bits);
   }
   // The row that lies in row 0 ... 15 of a warp, or -1 for padding.
@@ -164,17 +170,50 @@ __device__ uint8_t packed_scale(const Matrices& m, int expert, int strip, int bl
   return static_cast<uint8_t>(m.scale(expert, row, column_block));
 }
 
+// The same for e4m3 activations: a dword has eight elements of one row, then signs and magnitudes
+// go apart (dequantize.cuh).
+__device__ uint32_t packed_dword_fp8(const Matrices& m, int expert, int strip, int block,
+                                     int index) {
+  const int half = index / 512, warp = index / 128 % 4, lane = index / 4 % 32, step = index % 4;
+  const int row = m.row_at(strip, warp, lane / 4 + 8 * half);
+  uint32_t dword = 0;
+  for (int i = 0; i < 8; ++i) {
+    const int column = 128 * block + 32 * step + 16 * (i / 4) + 4 * (lane % 4) + i % 4;
+    if (row < 0 || column >= m.k) continue;
+    const uint32_t code = m.element(expert, row, column);
+    dword |= (code & 7) << 4 * i;
+    dword |= (code >> 3) << (8 * (i % 4) + (i < 4 ? 7 : 3));
+  }
+  return dword;
+}
+
+__device__ uint8_t packed_scale_fp8(const Matrices& m, int expert, int strip, int block,
+                                    int index) {
+  const int warp = index / 64, place = index / 8 % 8 + 8 * (index / 4 % 2);
+  const int row = m.row_at(strip, warp, place), column_block = block * 4 + index % 4;
+  if (row < 0 || column_block * 32 >= m.k) return 8;
+  return static_cast<uint8_t>(m.scale(expert, row, column_block));
+}
+
 __global__ void pack(Matrices m, uint8_t* out) {
-  const int64_t strips = num_strips(m.outputs, m.gated), blocks = num_blocks(m.k);
+  const int64_t strips = num_strips(m.outputs, m.gated), blocks = num_blocks(m.k, m.format);
+  const int64_t matrix = matrix_bytes(m.format, m.outputs, m.k, m.gated);
+  const bool fp8 = is_fp8(m.format);
   for (int64_t i = blockIdx.x; i < m.experts * strips * blocks; i += gridDim.x) {
     const int expert = i / (strips * blocks), strip = i / blocks % strips, block = i % blocks;
-    uint8_t* elements = out + i * block_bytes(m.format);
-    uint8_t* scales = elements + kElementBytes;
-    for (int d = threadIdx.x; d < kElementBytes / 4; d += blockDim.x) {
-      reinterpret_cast<uint32_t*>(elements)[d] = packed_dword(m, expert, strip, block, d);
+    uint8_t* elements = out + expert * matrix + i % (strips * blocks) * block_bytes(m.format);
+    uint8_t* scales = elements + element_bytes(m.format);
+    for (int d = threadIdx.x; d < element_bytes(m.format) / 4; d += blockDim.x) {
+      reinterpret_cast<uint32_t*>(elements)[d] = fp8 ? packed_dword_fp8(m, expert, strip, block, d)
+                                                     : packed_dword(m, expert, strip, block, d);
     }
     for (int d = threadIdx.x; d < scale_bytes(m.format); d += blockDim.x) {
-      scales[d] = packed_scale(m, expert, strip, block, d);
+      scales[d] = fp8 ? packed_scale_fp8(m, expert, strip, block, d)
+                      : packed_scale(m, expert, strip, block, d);
+    }
+    if (fp8 && block == 0 && threadIdx.x < kStripRows) {
+      out[expert * matrix + blocks_bytes(m.format, m.outputs, m.k, m.gated) + strip * kStripRows +
+          threadIdx.x] = Matrices::kRowExponent;
     }
   }
 }
@@ -287,17 +326,16 @@ class Bench {
     const int64_t values = int64_t{max_tokens} * layer.hidden;
     x_ = allocate<Bf16>(values);
     out_ = allocate<Bf16>(values);
-    workspace_ = allocate<uint8_t>(mlp_workspace_bytes(shape(max_tokens)));
+    workspace_ = allocate<uint8_t>(mlp_workspace_bytes(format, shape(max_tokens)));
     fill_input<<<1024, 256>>>(x_.get(), values);
     check(cudaDeviceSynchronize(), "making the inputs");
   }
 
   // Prints one line; false where something is wrong.
   bool run(int tokens, const std::string& tactic) {
-    const char* usual = default_tactic(int64_t{tokens} * layer_.top_k, layer_.experts);
-    std::printf("%-15s %s T=%-5d %-9s", layer_.name.c_str(),
-                format_ == Format::kNvfp4 ? "nvfp4" : "mxfp4", tokens,
-                tactic.empty() ? usual : tactic.c_str());
+    const char* usual = default_tactic(format_, int64_t{tokens} * layer_.top_k, layer_.experts);
+    std::printf("%-15s %-9s T=%-5d %-9s", layer_.name.c_str(), kFormats[static_cast<int>(format_)],
+                tokens, tactic.empty() ? usual : tactic.c_str());
     std::fflush(stdout);  // says which case it was if the kernel hangs
     const bool right = verify(tokens, tactic);
     if (right && timed_) measure(tokens, tactic);
@@ -348,7 +386,8 @@ class Bench {
   // All bits set are NaN in every float: shows what is read too early, or never written.
   std::string run_poisoned(int tokens, const std::string& tactic, std::vector<Bf16>* result) {
     const int64_t values = int64_t{tokens} * layer_.hidden;
-    check(cudaMemset(workspace_.get(), 0xff, mlp_workspace_bytes(shape(tokens))), "cudaMemset");
+    check(cudaMemset(workspace_.get(), 0xff, mlp_workspace_bytes(format_, shape(tokens))),
+          "cudaMemset");
     check(cudaMemset(out_.get(), 0xff, values * sizeof(Bf16)), "cudaMemset");
     const std::string complaint = enqueue(tokens, tactic, sets_[0]);
     check(cudaStreamSynchronize(stream_.get()), "moe_mlp");
@@ -365,7 +404,7 @@ class Bench {
       return false;
     }
     const double error = relative_error(tokens, result);
-    const bool close = error < kMaxError;  // not if NaN
+    const bool close = error < max_error(format_);  // not if NaN
     const bool finite = std::all_of(result.begin(), result.end(),
                                     [](Bf16 v) { return std::isfinite(__bfloat162float(v)); });
     const bool repeats = !std::memcmp(result.data(), again.data(), result.size() * sizeof(Bf16));
@@ -478,8 +517,12 @@ Layer parse_layer(const std::string& name) {
 }
 
 Format parse_format(const std::string& name) {
-  if (name != "nvfp4" && name != "mxfp4") die("format '" + name + "' is none of nvfp4 mxfp4");
-  return name == "nvfp4" ? Format::kNvfp4 : Format::kMxfp4;
+  std::string names;
+  for (int i = 0; i < 3; ++i) {
+    if (name == kFormats[i]) return static_cast<Format>(i);
+    names += std::string(" ") + kFormats[i];
+  }
+  die("format '" + name + "' is none of" + names);
 }
 
 int run(int argc, char** argv) {

@@ -35,8 +35,9 @@ JAXMOE_SAME(kIdentity);
 static_assert(static_cast<int>(cpu::Format::kNvfp4) == static_cast<int>(sm90::Format::kNvfp4) &&
               static_cast<int>(cpu::Format::kMxfp4) == static_cast<int>(sm90::Format::kMxfp4));
 
-sm90::Format format_of(std::string_view name) {
-  return static_cast<sm90::Format>(*cpu::parse_format(name));
+sm90::Format format_of(std::string_view variant, std::string_view format) {
+  if (variant == kSm90W4A8) return sm90::Format::kMxfp4Fp8;
+  return static_cast<sm90::Format>(*cpu::parse_format(format));
 }
 sm90::Dtype dtype_of(const ffi::AnyBuffer& buffer) {
   return buffer.element_type() == kF16 ? sm90::Dtype::kFp16 : sm90::Dtype::kBf16;
@@ -44,12 +45,16 @@ sm90::Dtype dtype_of(const ffi::AnyBuffer& buffer) {
 
 void check_names(Check& check, std::string_view variant, std::string_view format,
                  std::string_view tactic) {
-  check.require(variant == kSm90Variant,
-                "variant must be one of " + std::string(kSm90Variant) + ", got " + quoted(variant));
+  check.require(is_sm90_variant(variant), "variant must be one of " + std::string(kSm90W4A16) +
+                                              ", " + std::string(kSm90W4A8) + ", got " +
+                                              quoted(variant));
   check_format(check, format);
+  check.require(variant != kSm90W4A8 || format == "mxfp4",
+                "format must be 'mxfp4' for " + std::string(kSm90W4A8) + ", got " + quoted(format));
+  if (!check.ok()) return;
   std::string names;
   bool known = tactic.empty();
-  for (const sm90::TacticInfo& info : sm90::tactics()) {
+  for (const sm90::TacticInfo& info : sm90::tactics(format_of(variant, format))) {
     known = known || tactic == info.name;
     names += std::string(names.empty() ? "" : ", ") + info.name;
   }
@@ -97,7 +102,7 @@ ffi::Error moe_mlp(cudaStream_t stream, const MoeMlpCall& call) {
   if (!check.ok()) return check.error();
 
   sm90::MlpArgs args;
-  args.format = format_of(call.format);
+  args.format = format_of(call.variant, call.format);
   args.activation = static_cast<cuda::Activation>(*cpu::parse_activation(call.activation));
   const bool gated = cuda::is_gated(args.activation);
   check_buffers(check, call, {kBf16, kF16},
@@ -117,7 +122,7 @@ ffi::Error moe_mlp(cudaStream_t stream, const MoeMlpCall& call) {
                 call.top_k()};
   if (check.ok()) {
     check_workspace(check, call.workspace,
-                    sm90_workspace_bytes(sm90::mlp_workspace_bytes(args.shape)));
+                    sm90_workspace_bytes(sm90::mlp_workspace_bytes(args.format, args.shape)));
   }
   if (!check.ok()) return check.error();
   if (call.out.element_count() == 0) return ffi::Error::Success();
@@ -156,7 +161,7 @@ ffi::Error grouped_matmul(cudaStream_t stream, const GroupedMatmulCall& call) {
   if (!check.ok()) return check.error();
 
   sm90::GroupedArgs args;
-  args.format = format_of(call.format);
+  args.format = format_of(call.variant, call.format);
   check_buffers(check, call, {kBf16, kF16}, {call.x.element_type()},
                 sm90::matrix_bytes(args.format, call.n, call.k, false));
   check.require(call.experts() > 0, "w must hold at least one expert, got " + describe(call.w));
@@ -170,7 +175,7 @@ ffi::Error grouped_matmul(cudaStream_t stream, const GroupedMatmulCall& call) {
   args.shape = {call.rows(), call.n, call.k, call.experts(), call.groups()};
   if (check.ok()) {
     check_workspace(check, call.workspace,
-                    sm90_workspace_bytes(sm90::grouped_workspace_bytes(args.shape)));
+                    sm90_workspace_bytes(sm90::grouped_workspace_bytes(args.format, args.shape)));
   }
   if (!check.ok()) return check.error();
   if (call.out.element_count() == 0) return ffi::Error::Success();

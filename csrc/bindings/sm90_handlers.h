@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "sm90/moe_mlp.h"
 #include "xla/ffi/api/ffi.h"
@@ -13,7 +14,11 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(jaxmoe_grouped_matmul_sm90_v1);
 
 namespace jaxmoe {
 
-inline constexpr const char* kSm90Variant = "sm90_w4a16";
+inline constexpr const char* kSm90W4A16 = "sm90_w4a16";
+inline constexpr const char* kSm90W4A8 = "sm90_w4a8";
+inline bool is_sm90_variant(std::string_view variant) {
+  return variant == kSm90W4A16 || variant == kSm90W4A8;
+}
 inline constexpr int64_t kSm90Alignment = 256;  // of the kernels' scratch
 
 // Bytes of the workspace output: scratch, and room to align it, since XLA aligns to less.

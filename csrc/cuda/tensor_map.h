@@ -1,4 +1,4 @@
-// Tensor maps of row-major 16-bit matrices, for copies of boxes into swizzled shared memory.
+// Tensor maps of row-major matrices, for copies of boxes into swizzled shared memory.
 #ifndef JAXMOE_CSRC_CUDA_TENSOR_MAP_H_
 #define JAXMOE_CSRC_CUDA_TENSOR_MAP_H_
 
@@ -9,10 +9,10 @@
 
 namespace jaxmoe::cuda {
 
-// Boxes of `box_rows` rows by 64 columns (128 bytes, 128-byte swizzle) of a [rows, columns] matrix;
-// what lies outside of it reads as zero.
-cudaError_t make_row_map(const void* data, int64_t rows, int64_t columns, int box_rows, bool fp16,
-                         CUtensorMap* map);
+// Boxes of `box_rows` rows by 128 bytes of columns (128-byte swizzle) of a [rows, columns] matrix
+// of `type`: UINT8 or a 16-bit one. What lies outside of it reads as zero.
+cudaError_t make_row_map(const void* data, int64_t rows, int64_t columns, int box_rows,
+                         CUtensorMapDataType type, CUtensorMap* map);
 
 }  // namespace jaxmoe::cuda
 

@@ -81,6 +81,74 @@ __device__ __forceinline__ void dequantize(uint32_t x, uint32_t factors, uint32_
   a[3] = P::multiply(a[3], high);
 }
 
+// ---- e4m3
+// ----------------------------------------------------------------------------------------
+//
+// A dword holds eight elements of one row, e0 ... e3 at k = 4 c ... and e4 ... e7 sixteen later:
+// the magnitude of e_i in bits 4 i ... 4 i + 2, which makes four of them selectors of a byte
+// permute; the signs of e0 ... e3 in bits 7, 15, 23, 31, those of e4 ... e7 four bits below. The
+// permuted bytes are the eight e4m3 numbers e2m1 * 2^d of a block with scale 2^d, -5 <= d <= 6:
+// exact, and none subnormal. A scale byte is 8 (d + 6), the e4m3 bits of 0.5 * 2^d. Ten
+// instructions for eight elements.
+
+__device__ __forceinline__ void dequantize_e4m3(uint32_t x, uint32_t scales, int step,
+                                                uint32_t& first, uint32_t& second) {
+  const uint32_t s = __byte_perm(scales, 0, step * 0x1111);
+  const uint32_t low = (s << 8) + 0x0c080000u, high = s + 0x1c181410u;  // 0 .5 1 1.5, 2 3 4 6
+  const uint32_t selectors = x & 0x77777777u;
+  first = __byte_perm(low, high, selectors) | (x & 0x80808080u);
+  second = __byte_perm(low, high, selectors >> 16) | ((x << 4) & 0x80808080u);
+}
+
+// What a thread of a warpgroup holds of one block of a strip, and the A fragments of its four
+// steps.
+template <class T, Format kFormat>
+struct Packed {
+  uint32_t elements[4];
+  uint32_t scale[2];  // of two blocks each
+
+  // `block`: address of the block in shared memory; `thread`: 0 ... 127.
+  __device__ __forceinline__ void load(uint32_t block, int thread) {
+    constexpr int kScales = scales_per_row(kFormat);
+    const uint4 v = cuda::load_shared_16(block + thread * 16);
+    elements[0] = v.x, elements[1] = v.y, elements[2] = v.z, elements[3] = v.w;
+    const uint32_t scales =
+        block + kElementBytes + (thread / 32 * 8 + thread % 32 / 4) * 2 * kScales;
+    if constexpr (kScales == 4) {
+      const uint2 f = cuda::load_shared_8(scales);
+      scale[0] = f.x, scale[1] = f.y;
+    } else {
+      scale[0] = scale[1] = cuda::load_shared_4(scales);
+    }
+  }
+  __device__ __forceinline__ void fragment(int step, uint32_t (&a)[4]) const {
+    constexpr int kSteps = 4 / scales_per_row(kFormat);  // of 16 along K with one scale
+    dequantize<T>(elements[step], scale_factors<T, kFormat>(scale[step / 2], step / kSteps % 2), a);
+  }
+};
+
+template <class T>
+struct Packed<T, Format::kMxfp4Fp8> {
+  uint32_t elements[2][4];  // rows g and g + 8
+  uint32_t scale[2];        // of four blocks each
+
+  __device__ __forceinline__ void load(uint32_t block, int thread) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint4 v =
+          cuda::load_shared_16(block + r * element_bytes(Format::kMxfp4Fp8) / 2 + thread * 16);
+      elements[r][0] = v.x, elements[r][1] = v.y, elements[r][2] = v.z, elements[r][3] = v.w;
+    }
+    const uint2 f = cuda::load_shared_8(block + element_bytes(Format::kMxfp4Fp8) +
+                                        (thread / 32 * 8 + thread % 32 / 4) * 8);
+    scale[0] = f.x, scale[1] = f.y;
+  }
+  __device__ __forceinline__ void fragment(int step, uint32_t (&a)[4]) const {
+    dequantize_e4m3(elements[0][step], scale[0], step, a[0], a[2]);
+    dequantize_e4m3(elements[1][step], scale[1], step, a[1], a[3]);
+  }
+};
+
 }  // namespace jaxmoe::sm90
 
 #endif  // JAXMOE_CSRC_SM90_DEQUANTIZE_CUH_

@@ -13,6 +13,7 @@ namespace jaxmoe::sm90 {
 template <class T, Format kFormat, Epilogue kEpilogue>
 struct Finish {
   float scale;
+  float row_scale[2];  // of the rows g and g + 8, for e4m3
   float bias, bias8;
   float params[3];
   cuda::Activation activation;
@@ -21,12 +22,23 @@ struct Finish {
   // `warp_row`: the first of the warp's rows: of `out`'s columns, or of gate and up each.
   __device__ __forceinline__ Finish(const GemmArgs& args, int expert, int warp_row, int g)
       : scale(args.global_scale[expert]),
+        row_scale{1.0f, 1.0f},
         bias(0.0f),
         bias8(0.0f),
         params{0.0f, 0.0f, 0.0f},
         activation(args.activation) {
     constexpr bool kGated = is_gated(kEpilogue);
     const int row = warp_row + g;
+    if constexpr (is_fp8(kFormat)) {
+      if (row < args.outputs) {
+        const uint8_t* exponents = args.weights +
+                                   expert * matrix_bytes(kFormat, args.outputs, args.k, kGated) +
+                                   blocks_bytes(kFormat, args.outputs, args.k, kGated);
+        const int warp = warp_row / (kGated ? 8 : 16);  // counted over all strips
+        const uchar2 both = reinterpret_cast<const uchar2*>(exponents)[warp * 8 + g];
+        row_scale[0] = power_of_two(both.x), row_scale[1] = power_of_two(both.y);
+      }
+    }
     if (args.bias) {
       const float* b = args.bias + int64_t{expert} * args.outputs * (kGated ? 2 : 1);
       const int second = kGated ? row : row + 8;
@@ -46,16 +58,13 @@ struct Finish {
   __device__ __forceinline__ void operator()(const float* sum, float2 weight,
                                              uint32_t (&out)[2]) const {
     using P = cuda::Pair<T>;
-    // One after the other: the product of the factors may leave float32's range where no result
-    // does.
-    constexpr float kFactor = kUnscale<T, kFormat>;
     const float s[2] = {scale * weight.x, scale * weight.y};
     if constexpr (is_gated(kEpilogue)) {
       float h[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float gate = sum[i] * kFactor * s[i] + bias;
-        const float up = sum[2 + i] * kFactor * s[i] + bias8;
+        const float gate = rescaled(sum[i], 0) * s[i] + bias;
+        const float up = rescaled(sum[2 + i], 1) * s[i] + bias8;
         h[i] = kEpilogue == Epilogue::kSwiglu ? cuda::swiglu(gate, up, params)
                                               : cuda::activate_gated(activation, gate, up, params);
       }
@@ -64,12 +73,24 @@ struct Finish {
       float y[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        y[i] = sum[i] * kFactor * s[i % 2] + (i < 2 ? bias : bias8);
+        y[i] = rescaled(sum[i], i / 2) * s[i % 2] + (i < 2 ? bias : bias8);
         if constexpr (kEpilogue == Epilogue::kPlain) y[i] = cuda::activate_plain(activation, y[i]);
       }
       out[0] = P::make(y[0], y[1]);
       out[1] = P::make(y[2], y[3]);
     }
+  }
+
+ private:
+  // Before the global scale: the product of the factors may leave float32's range where no result
+  // does.
+  __device__ __forceinline__ float rescaled(float sum, int second) const {
+    if constexpr (is_fp8(kFormat)) return sum * row_scale[second];
+    return sum * kUnscale<T, kFormat>;
+  }
+  // 2^(exponent - 127); an exponent of 0 is subnormal.
+  static __device__ __forceinline__ float power_of_two(uint32_t exponent) {
+    return __uint_as_float(exponent == 0 ? 1u << 22 : exponent << 23);
   }
 };
 

@@ -2,12 +2,13 @@
 //
 //   out[token, row] = epilogue(sum_k W[expert of token][row, k] * x[token, k])
 //
-// computed as W * x^T: the weights are dequantised into registers and are wgmma's A operand, a tile
-// of up to kN tokens of one expert is its B operand in shared memory. A cluster of kCluster blocks
-// of threads holds a tile of kN tokens by kCluster * kStrips strips of 64 rows at a time, and takes
-// every n-th tile. Its blocks have the tokens in common: each fetches a part of them for all
-// (multicast). One producer warp keeps the ring of stages full, across tiles: tokens by the tensor
-// map of the sorted rows, weights by bulk copies of whole blocks.
+// for x of 16 bits, or of e4m3 with a scale for each token. Computed as W * x^T: the weights are
+// dequantised into registers and are wgmma's A operand, a tile of up to kN tokens of one expert is
+// its B operand in shared memory. A cluster of kCluster blocks of threads holds a tile of kN tokens
+// by kCluster * kStrips strips of 64 rows at a time, and takes every n-th tile. Its blocks have the
+// tokens in common: each fetches a part of them for all (multicast). One producer warp keeps the
+// ring of stages full, across tiles: tokens by the tensor map of the sorted rows, weights by bulk
+// copies of whole blocks.
 #ifndef JAXMOE_CSRC_SM90_GEMM_CUH_
 #define JAXMOE_CSRC_SM90_GEMM_CUH_
 
@@ -24,13 +25,17 @@
 namespace jaxmoe::sm90 {
 
 inline constexpr int kWarpgroupThreads = 128;
-inline constexpr int kBoxRows = 32;  // rows of tokens that one copy fetches
+inline constexpr int kBoxRows = 32;    // rows of tokens that one copy fetches
+inline constexpr int kRowBytes = 128;  // of a block of K: 64 numbers of 16 bits or 128 of e4m3
 
 template <class T_, Format kFormat_, Epilogue kEpilogue_, int kN_, int kWarpgroups_,
           int kStripsPerWarpgroup_, int kDepth_, int kStages_, int kCluster_, int kBlocksPerSm_ = 1>
 struct GemmConfig {
-  using T = T_;
+  using T = T_;  // of `out`, and of x unless that is e4m3
   static constexpr Format kFormat = kFormat_;
+  static constexpr bool kFp8 = is_fp8(kFormat);
+  using Operand = std::conditional_t<kFp8, E4m3, T>;
+  static constexpr int kBlockK = block_k(kFormat);
   static constexpr Epilogue kEpilogue = kEpilogue_;
   static constexpr int kN = kN_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -54,9 +59,9 @@ struct GemmConfig {
   static constexpr int kStripOutputs = kGated ? kStripRows / 2 : kStripRows;
   static constexpr int kWarpgroupOutputs = kStripsPerWarpgroup * kStripOutputs;
 
-  static constexpr int kSizeStep = kN / 8;  // tiles of tokens are cut to multiples of this
-  static constexpr int kTileBytes = kN * kBlockK * 2;  // one block of K of the tokens
-  static constexpr int kBoxBytes = kBoxRows * kBlockK * 2;
+  static constexpr int kSizeStep = kN / 8;           // tiles of tokens are cut to multiples of this
+  static constexpr int kTileBytes = kN * kRowBytes;  // one block of K of the tokens
+  static constexpr int kBoxBytes = kBoxRows * kRowBytes;
   static constexpr int kTokenBytes = kDepth * kTileBytes;
   static constexpr int kStripBytes = kDepth * block_bytes(kFormat);
   static constexpr int kWeightBytes = kStrips * kStripBytes;
@@ -103,7 +108,7 @@ __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap*
   static_assert(C::kStrips <= 32 && kCopies <= 32);
   const int lane = threadIdx.x % 32;
   const uint32_t rank = C::kCluster > 1 ? cuda::cluster_rank() : 0;
-  const int blocks = num_blocks(args.k);
+  const int blocks = num_blocks(args.k, C::kFormat);
   const int strips = num_strips(args.outputs, C::kGated);
   const int64_t matrix = matrix_bytes(C::kFormat, args.outputs, args.k, C::kGated);
   Cursor<C::kStages> at;
@@ -130,7 +135,7 @@ __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap*
         const int box = lane % kBoxes, d = lane / kBoxes;
         const uint32_t to =
             smem + C::kTokens + at.slot * C::kTokenBytes + d * C::kTileBytes + box * C::kBoxBytes;
-        const int k = (block + d) * kBlockK, row = t.begin + box * kBoxRows;
+        const int k = (block + d) * C::kBlockK, row = t.begin + box * kBoxRows;
         if (box < boxes && d < live) {
           if constexpr (C::kCluster == 1) {
             cuda::tensor_load(to, rows, k, row, full);
@@ -146,7 +151,8 @@ __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap*
 
 // This warp is through with a stage: so the blocks of the cluster that fill it are told. Every warp
 // says so for itself, since nothing else holds the four warps of a warpgroup together. Its lanes
-// are together: a wait for wgmma comes first. (A __syncwarp here makes ptxas serialise every wgmma.)
+// are together: a wait for wgmma comes first. (A __syncwarp here makes ptxas serialise every
+// wgmma.)
 template <class C>
 __device__ __forceinline__ void release(const Ring& ring, int slot) {
   const int lane = threadIdx.x % 32;
@@ -164,11 +170,8 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kStripsPerWarpgroup][kS
                                          Cursor<C::kStages>& at) {
   using T = typename C::T;
   constexpr int kStrips = C::kStripsPerWarpgroup;
-  constexpr int kScales = scales_per_row(C::kFormat);
   const int thread = threadIdx.x % kWarpgroupThreads;
-  const uint32_t elements = smem + C::kWeights + warpgroup * kStrips * C::kStripBytes + thread * 16;
-  const uint32_t scales =
-      elements - thread * 16 + kElementBytes + (thread / 32 * 8 + thread % 32 / 4) * 2 * kScales;
+  const uint32_t weights = smem + C::kWeights + warpgroup * kStrips * C::kStripBytes;
   uint32_t a[2][kStrips][4];
   int previous = 0;
   for (int first = 0; first < blocks; first += C::kDepth) {
@@ -176,37 +179,24 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kStripsPerWarpgroup][kS
 #pragma unroll
     for (int d = 0; d < C::kDepth; ++d) {
       if (d > 0 && first + d >= blocks) break;
-      uint32_t packed[kStrips][4];
-      uint32_t scale[kStrips][2];  // of two blocks each
+      Packed<T, C::kFormat> packed[kStrips];
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
-        const uint32_t offset =
-            at.slot * C::kWeightBytes + s * C::kStripBytes + d * block_bytes(C::kFormat);
-        const uint4 v = cuda::load_shared_16(elements + offset);
-        packed[s][0] = v.x, packed[s][1] = v.y, packed[s][2] = v.z, packed[s][3] = v.w;
-        if constexpr (kScales == 4) {
-          const uint2 f = cuda::load_shared_8(scales + offset);
-          scale[s][0] = f.x, scale[s][1] = f.y;
-        } else {
-          scale[s][0] = scale[s][1] = cuda::load_shared_4(scales + offset);
-        }
+        packed[s].load(
+            weights + at.slot * C::kWeightBytes + s * C::kStripBytes + d * block_bytes(C::kFormat),
+            thread);
       }
       const uint32_t tokens =
           swizzled_tile(smem + C::kTokens + at.slot * C::kTokenBytes + d * C::kTileBytes);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
 #pragma unroll
-        for (int s = 0; s < kStrips; ++s) {
-          constexpr int kSteps = 4 / kScales;  // of 16 along K with one scale
-          dequantize<T>(packed[s][step],
-                        scale_factors<T, C::kFormat>(scale[s][step / 2], step / kSteps % 2),
-                        a[step & 1][s]);
-        }
+        for (int s = 0; s < kStrips; ++s) packed[s].fragment(step, a[step & 1][s]);
         wgmma_fence();
 #pragma unroll
         for (int s = 0; s < kStrips; ++s) {
-          Wgmma<T, kTokens>::run(sum[s], a[step & 1][s], tokens + step * 2,
-                                 d + step > 0 || first > 0);
+          Wgmma<typename C::Operand, kTokens>::run(sum[s], a[step & 1][s], tokens + step * 2,
+                                                   d + step > 0 || first > 0);
         }
         wgmma_commit();
         wgmma_wait<1>();
@@ -244,7 +234,8 @@ __device__ __forceinline__ void finish(const GemmArgs& args, const GemmTile<C>& 
     const int token = thread + i * kWarpgroupThreads;
     if (token < C::kN) targets[token] = target[i], weights[token] = weight[i];
   }
-  if (args.row_weight) cuda::named_barrier(barrier, kWarpgroupThreads);
+  const bool weighted = C::kFp8 || args.row_weight;
+  if (weighted) cuda::named_barrier(barrier, kWarpgroupThreads);
   const uint32_t transposed = smem + C::kTransposed + warpgroup * C::kChunk * C::kPitch;
   Finish<T, C::kFormat, C::kEpilogue> values[kStrips];
 #pragma unroll
@@ -262,7 +253,7 @@ __device__ __forceinline__ void finish(const GemmArgs& args, const GemmTile<C>& 
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         float2 w = {1.0f, 1.0f};
-        if (args.row_weight) {
+        if (weighted) {
           w = *reinterpret_cast<const float2*>(weights + first + group * 8 + lane % 4 * 2);
         }
         values[s](&sum[s][(first / 8 + group) * 4], w, fragment[group]);
@@ -315,13 +306,13 @@ __device__ __forceinline__ void consume(const GemmArgs& args, const TileTable& t
                                         uint8_t* pointer, const Ring& ring, int warpgroup,
                                         int row_tiles) {
   const int thread = threadIdx.x % kWarpgroupThreads;
-  const int blocks = num_blocks(args.k);
+  const int blocks = num_blocks(args.k, C::kFormat);
   const int strips = num_strips(args.outputs, C::kGated);
   Cursor<C::kStages> at;
   for (int tile = blockIdx.x / C::kCluster; tile < table.total(); tile += gridDim.x / C::kCluster) {
     const GemmTile<C> t(table, tile, row_tiles);
-    // Thread i of the warpgroup knows the tile's tokens i and i + 128: their rows of `out` and
-    // weights.
+    // Thread i of the warpgroup knows the tile's tokens i and i + 128: their rows of `out`, and
+    // what their sums are multiplied by.
     int target[C::kOwnTokens];
     float weight[C::kOwnTokens];
 #pragma unroll
@@ -329,8 +320,12 @@ __device__ __forceinline__ void consume(const GemmArgs& args, const TileTable& t
       const int token = thread + i * kWarpgroupThreads;
       target[i] = 0, weight[i] = 1.0f;
       if (token < t.tokens) {
-        target[i] = args.target ? args.target[t.begin + token] : t.begin + token;
-        if (args.row_weight) weight[i] = args.row_weight[args.source[t.begin + token]];
+        const int position = t.begin + token;
+        target[i] = args.target ? args.target[position] : position;
+        if (args.row_weight) weight[i] = args.row_weight[args.source[position]];
+        if constexpr (C::kFp8) {
+          weight[i] *= args.row_scale[args.source ? args.source[position] : position];
+        }
       }
     }
     if (t.first_strip + warpgroup * C::kStripsPerWarpgroup >= strips) {  // past the last row
@@ -397,8 +392,10 @@ struct GemmRun {
     cudaError_t error = allow_smem<C>(gemm_kernel<C>);
     if (error != cudaSuccess) return error;
     CUtensorMap rows;
-    error = cuda::make_row_map(args.sorted, args.positions, args.k, kBoxRows,
-                               launch.dtype == Dtype::kFp16, &rows);
+    const auto type = C::kFp8                        ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                      : launch.dtype == Dtype::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    error = cuda::make_row_map(args.sorted, args.positions, args.k, kBoxRows, type, &rows);
     if (error != cudaSuccess) return error;
     const int blocks = launch.multiprocessors * C::kBlocksPerSm / C::kCluster * C::kCluster;
     return cuda::launch_clusters(gemm_kernel<C>, C::kCluster, dim3(blocks), C::kThreads, smem,

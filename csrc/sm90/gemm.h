@@ -18,6 +18,7 @@ struct GemmArgs {
   const float* bias;          // [E, outputs] (gated: [E, 2 outputs]), or null
   const float* params;        // [num_params, E] of the activation
   const float* row_weight;    // [rows of x], factor before the bias, or null
+  const float* row_scale;     // [rows of x], of e4m3; null otherwise
   const void* x;              // [rows, k]
   const void* sorted;         // [positions, k], x in the order of positions; gemm_kernel reads this
   int positions;

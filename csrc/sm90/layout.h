@@ -18,24 +18,43 @@
 
 namespace jaxmoe::sm90 {
 
-enum class Format { kNvfp4, kMxfp4 };
+// kMxfp4Fp8 is MXFP4 arranged for products with e4m3 activations, the `sm90_fragment_fp8` layout:
+// strips as above, blocks of 128 elements of K:
+//
+//   elements  [2: rows g, rows g + 8][4 warps][32 lanes][4 steps of 32 along K] dwords
+//   scales    [4 warps][8 rows][2: the row, the row + 8][4 steps], one byte each
+//
+// and after a matrix's last block the exponents of its rows, [strips][4 warps][8 rows][2], one byte
+// each: a row's sums are multiplied by 2^(byte - 127). A block's scale relative to that fits into
+// the exponent of e4m3 (dequantize.cuh).
+enum class Format { kNvfp4, kMxfp4, kMxfp4Fp8 };
+constexpr bool is_fp8(Format format) { return format == Format::kMxfp4Fp8; }
 
 inline constexpr int kStripRows = 64;
-inline constexpr int kBlockK = 64;
+inline constexpr int kBlockK = 64;  // of the layouts for 16-bit activations
 inline constexpr int kElementBytes = kStripRows * kBlockK / 2;
 
-constexpr int scales_per_row(Format format) { return format == Format::kNvfp4 ? 4 : 2; }
+constexpr int block_k(Format format) { return is_fp8(format) ? 2 * kBlockK : kBlockK; }
+constexpr int element_bytes(Format format) { return kStripRows * block_k(format) / 2; }
+constexpr int scales_per_row(Format format) { return format == Format::kMxfp4 ? 2 : 4; }
 constexpr int scale_bytes(Format format) { return kStripRows * scales_per_row(format); }
-constexpr int block_bytes(Format format) { return kElementBytes + scale_bytes(format); }
+constexpr int block_bytes(Format format) { return element_bytes(format) + scale_bytes(format); }
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Strips of a matrix whose product has `outputs` columns: a gated strip yields 32 of them.
 constexpr int64_t num_strips(int64_t outputs, bool gated) {
   return divide_up(outputs, gated ? kStripRows / 2 : kStripRows);
 }
-constexpr int64_t num_blocks(int64_t k) { return divide_up(k, kBlockK); }
+constexpr int64_t num_blocks(int64_t k, Format format = Format::kNvfp4) {
+  return divide_up(k, block_k(format));
+}
+// Where the exponents of the rows begin.
+constexpr int64_t blocks_bytes(Format format, int64_t outputs, int64_t k, bool gated) {
+  return num_strips(outputs, gated) * num_blocks(k, format) * block_bytes(format);
+}
 constexpr int64_t matrix_bytes(Format format, int64_t outputs, int64_t k, bool gated) {
-  return num_strips(outputs, gated) * num_blocks(k) * block_bytes(format);
+  return blocks_bytes(format, outputs, k, gated) +
+         (is_fp8(format) ? num_strips(outputs, gated) * kStripRows : 0);
 }
 
 }  // namespace jaxmoe::sm90

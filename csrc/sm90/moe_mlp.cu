@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cuda/quantize.h"
 #include "cuda/route.h"
 #include "sm90/moe_mlp.h"
 #include "sm90/tactics.h"
@@ -10,9 +11,9 @@ namespace {
 
 const Tactic* const kTactics[] = {&kDecode, &kWgmma64, &kWgmma128, &kWgmma256};
 
-const Tactic* find(const std::string& name) {
+const Tactic* find(Format format, const std::string& name) {
   for (const Tactic* t : kTactics) {
-    if (name == t->name) return t;
+    if (name == t->name && t->smem_bytes(format) > 0) return t;
   }
   return nullptr;
 }
@@ -38,9 +39,12 @@ struct MlpWorkspace {
   int32_t *offsets, *token_of, *pair_of, *position_of, *counts;
   uint16_t* h;  // [pairs, I] in sorted order
   uint16_t* y;  // [pairs, H]: first x in sorted order, then the results in the order of pairs
+  // For 8-bit activations: h quantised, and the scales of x and h.
+  uint8_t* h8 = nullptr;
+  float *x_scale = nullptr, *h_scale = nullptr;
   int64_t bytes;
 
-  MlpWorkspace(void* base, const MlpShape& s) {
+  MlpWorkspace(void* base, Format format, const MlpShape& s) {
     Arena arena(base);
     const int64_t pairs = s.tokens * s.top_k;
     offsets = arena.take<int32_t>(s.experts + 1);
@@ -50,6 +54,28 @@ struct MlpWorkspace {
     counts = arena.take<int32_t>(cuda::sort_count_elements(pairs, s.experts));
     h = arena.take<uint16_t>(pairs * s.intermediate);
     y = arena.take<uint16_t>(pairs * s.hidden);
+    if (is_fp8(format)) {
+      h8 = arena.take<uint8_t>(pairs * s.intermediate);
+      x_scale = arena.take<float>(s.tokens);
+      h_scale = arena.take<float>(pairs);
+    }
+    bytes = arena.used();
+  }
+};
+
+struct GroupedWorkspace {
+  int32_t* offsets;
+  uint8_t* x8 = nullptr;  // x quantised, and its scales
+  float* x_scale = nullptr;
+  int64_t bytes;
+
+  GroupedWorkspace(void* base, Format format, const GroupedShape& s) {
+    Arena arena(base);
+    offsets = arena.take<int32_t>(s.experts + 1);
+    if (is_fp8(format)) {
+      x8 = arena.take<uint8_t>(s.rows * s.k);
+      x_scale = arena.take<float>(s.rows);
+    }
     bytes = arena.used();
   }
 };
@@ -61,10 +87,13 @@ std::string failed(const char* what, cudaError_t error) {
 // Fills in what every launch shares; "" or a complaint.
 std::string prepare(const std::string& name, int64_t rows, int64_t experts, const Tactic** tactic,
                     Launch* launch) {
-  *tactic = find(name.empty() ? default_tactic(rows, experts) : name);
+  *tactic =
+      find(launch->format, name.empty() ? default_tactic(launch->format, rows, experts) : name);
   if (*tactic == nullptr) {
     std::string names;
-    for (const Tactic* t : kTactics) names += (names.empty() ? "" : ", ") + std::string(t->name);
+    for (const TacticInfo& t : tactics(launch->format)) {
+      names += (names.empty() ? "" : ", ") + std::string(t.name);
+    }
     return "tactic must be one of " + names + ", got '" + name + "'";
   }
   int device = 0;
@@ -78,32 +107,31 @@ std::string prepare(const std::string& name, int64_t rows, int64_t experts, cons
 
 }  // namespace
 
-const std::vector<TacticInfo>& tactics() {
-  static const auto* list = [] {
-    auto* all = new std::vector<TacticInfo>;
-    for (const Tactic* t : kTactics) all->push_back({t->name, t->smem_bytes});
-    return all;
-  }();
-  return *list;
+std::vector<TacticInfo> tactics(Format format) {
+  std::vector<TacticInfo> list;
+  for (const Tactic* t : kTactics) {
+    if (const int bytes = t->smem_bytes(format)) list.push_back({t->name, bytes});
+  }
+  return list;
 }
 
 // By the tokens of an expert, if all experts that can have one have as many; as measured on an H100
 // (docs/performance.md).
-const char* default_tactic(int64_t rows, int64_t experts) {
+const char* default_tactic(Format format, int64_t rows, int64_t experts) {
   const int64_t mean = rows / std::max<int64_t>(1, std::min(rows, experts));
-  const Tactic* tactic = rows <= 16   ? &kDecode
-                         : mean <= 48 ? &kWgmma64
-                         : mean < 128 ? &kWgmma128
-                                      : &kWgmma256;
+  const Tactic* tactic = rows <= 16 && !is_fp8(format) ? &kDecode
+                         : mean <= 48                  ? &kWgmma64
+                         : mean < 128                  ? &kWgmma128
+                                                       : &kWgmma256;
   return tactic->name;
 }
 
-int64_t mlp_workspace_bytes(const MlpShape& shape) { return MlpWorkspace(nullptr, shape).bytes; }
+int64_t mlp_workspace_bytes(Format format, const MlpShape& shape) {
+  return MlpWorkspace(nullptr, format, shape).bytes;
+}
 
-int64_t grouped_workspace_bytes(const GroupedShape& shape) {
-  Arena arena(nullptr);
-  arena.take<int32_t>(shape.experts + 1);
-  return arena.used();
+int64_t grouped_workspace_bytes(Format format, const GroupedShape& shape) {
+  return GroupedWorkspace(nullptr, format, shape).bytes;
 }
 
 std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
@@ -114,7 +142,7 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
   Launch launch{a.format, a.dtype, Epilogue::kStore, 0, stream};
   const std::string complaint = prepare(name, s.tokens * s.top_k, s.experts, &tactic, &launch);
   if (!complaint.empty()) return complaint;
-  const MlpWorkspace w(workspace, s);
+  const MlpWorkspace w(workspace, a.format, s);
 
   cuda::SortArgs sort{};
   sort.expert_ids = a.expert_ids;
@@ -130,7 +158,19 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
   cudaError_t error = cuda::sort_pairs(sort, stream);
   if (error != cudaSuccess) return failed("sort_pairs", error);
 
-  if (tactic->reads_sorted) {
+  cuda::QuantizeArgs quantize{};
+  quantize.fp16 = a.dtype == Dtype::kFp16;
+  if (is_fp8(a.format)) {
+    quantize.x = a.x;
+    quantize.rows = static_cast<int>(s.tokens);
+    quantize.k = static_cast<int>(s.hidden);
+    quantize.position_of = w.position_of;
+    quantize.copies = sort.top_k;
+    quantize.out = w.y;
+    quantize.scale = w.x_scale;
+    error = cuda::quantize_rows(quantize, stream);
+    if (error != cudaSuccess) return failed("quantize_rows of x", error);
+  } else if (tactic->reads_sorted) {
     error = cuda::gather_rows(a.x, w.position_of, static_cast<int>(s.tokens), sort.top_k,
                               s.hidden * 2, w.y, stream);
     if (error != cudaSuccess) return failed("gather_rows", error);
@@ -143,6 +183,7 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
   up.num_params = a.num_params;
   up.activation = a.activation;
   up.row_weight = a.weight_on_input ? a.weights : nullptr;
+  up.row_scale = w.x_scale;
   up.x = a.x;
   up.sorted = w.y;
   up.positions = sort.pairs;
@@ -158,12 +199,24 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
   error = tactic->run(up, launch);
   if (error != cudaSuccess) return failed("first product", error);
 
+  if (is_fp8(a.format)) {
+    quantize.x = w.h;
+    quantize.rows = sort.pairs;
+    quantize.k = static_cast<int>(s.intermediate);
+    quantize.end = w.offsets + s.experts;
+    quantize.position_of = nullptr;
+    quantize.out = w.h8;
+    quantize.scale = w.h_scale;
+    error = cuda::quantize_rows(quantize, stream);
+    if (error != cudaSuccess) return failed("quantize_rows of h", error);
+  }
   GemmArgs down{};
   down.weights = a.down;
   down.global_scale = a.down_global;
   down.bias = a.down_bias;
+  down.row_scale = w.h_scale;
   down.x = w.h;
-  down.sorted = w.h;
+  down.sorted = is_fp8(a.format) ? static_cast<void*>(w.h8) : w.h;
   down.positions = sort.pairs;
   down.out = w.y;
   down.offsets = w.offsets;
@@ -199,24 +252,38 @@ std::string grouped_matmul(const GroupedArgs& a, const std::string& name, void* 
   const std::string complaint = prepare(name, s.rows, s.experts, &tactic, &launch);
   if (!complaint.empty()) return complaint;
 
+  const GroupedWorkspace w(workspace, a.format, s);
+
   cuda::GroupArgs group{};
   group.group_sizes = a.group_sizes;
   group.group_offset = a.group_offset;
   group.groups = static_cast<int>(s.groups);
   group.experts = static_cast<int>(s.experts);
   group.rows = static_cast<int>(s.rows);
-  group.offsets = static_cast<int32_t*>(workspace);
+  group.offsets = w.offsets;
   cudaError_t error = cuda::group_offsets(group, stream);
   if (error != cudaSuccess) return failed("group_offsets", error);
   error = cuda::clear_other_rows(group.offsets, group.experts, a.out, group.rows, s.n * 2, stream);
   if (error != cudaSuccess) return failed("clear_other_rows", error);
 
+  if (is_fp8(a.format)) {
+    cuda::QuantizeArgs quantize{};
+    quantize.x = a.x;
+    quantize.fp16 = a.dtype == Dtype::kFp16;
+    quantize.rows = group.rows;
+    quantize.k = static_cast<int>(s.k);
+    quantize.out = w.x8;
+    quantize.scale = w.x_scale;
+    error = cuda::quantize_rows(quantize, stream);
+    if (error != cudaSuccess) return failed("quantize_rows", error);
+  }
   GemmArgs product{};
   product.weights = a.w;
   product.global_scale = a.w_global;
   product.bias = a.bias;
+  product.row_scale = w.x_scale;
   product.x = a.x;
-  product.sorted = a.x;
+  product.sorted = is_fp8(a.format) ? w.x8 : a.x;
   product.positions = group.rows;
   product.out = a.out;
   product.offsets = group.offsets;

@@ -24,8 +24,8 @@ struct TacticInfo {
   const char* name;
   int smem_bytes;  // most shared memory that one of its kernels takes
 };
-const std::vector<TacticInfo>& tactics();
-const char* default_tactic(int64_t rows, int64_t experts);
+std::vector<TacticInfo> tactics(Format format);
+const char* default_tactic(Format format, int64_t rows, int64_t experts);
 
 struct MlpShape {
   int64_t tokens;
@@ -78,8 +78,8 @@ struct GroupedArgs {
 };
 
 // Bytes of scratch on the device; any contents, aligned to 256 bytes.
-int64_t mlp_workspace_bytes(const MlpShape& shape);
-int64_t grouped_workspace_bytes(const GroupedShape& shape);
+int64_t mlp_workspace_bytes(Format format, const MlpShape& shape);
+int64_t grouped_workspace_bytes(Format format, const GroupedShape& shape);
 
 // Enqueue on `stream`. Return "" or what went wrong, with the kernel's name.
 std::string moe_mlp(const MlpArgs& args, const std::string& tactic, void* workspace,

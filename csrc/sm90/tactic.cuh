@@ -1,5 +1,5 @@
-// Instantiates one tactic: `Config<T, format, epilogue>` names a configuration of a kernel and
-// `Run` launches it.
+// Instantiates one tactic for some formats: `Config<T, format, epilogue>` names a configuration of
+// a kernel and `Run` launches it.
 #ifndef JAXMOE_CSRC_SM90_TACTIC_CUH_
 #define JAXMOE_CSRC_SM90_TACTIC_CUH_
 
@@ -23,7 +23,7 @@ cudaError_t allow_smem(Kernel kernel) {
                               C::smem_bytes(kMaxExperts));
 }
 
-template <template <class, Format, Epilogue> class Config, class Run>
+template <template <class, Format, Epilogue> class Config, class Run, Format... kFormats>
 struct Instances {
   template <class T, Format kFormat>
   static cudaError_t epilogue(const GemmArgs& args, const Launch& launch) {
@@ -41,18 +41,24 @@ struct Instances {
   }
   template <class T>
   static cudaError_t format(const GemmArgs& args, const Launch& launch) {
-    return launch.format == Format::kNvfp4 ? epilogue<T, Format::kNvfp4>(args, launch)
-                                           : epilogue<T, Format::kMxfp4>(args, launch);
+    cudaError_t error = cudaErrorInvalidValue;
+    ((launch.format == kFormats && (error = epilogue<T, kFormats>(args, launch), true)) || ...);
+    return error;
   }
   static cudaError_t run(const GemmArgs& args, const Launch& launch) {
     return launch.dtype == Dtype::kBf16 ? format<__nv_bfloat16>(args, launch)
                                         : format<__half>(args, launch);
   }
-  // The two epilogues differ in the shape of a strip's results; NVFP4 has more scales.
-  static constexpr int smem_bytes() {
-    return std::max(
-        Config<__nv_bfloat16, Format::kNvfp4, Epilogue::kStore>::smem_bytes(kMaxExperts),
-        Config<__nv_bfloat16, Format::kNvfp4, Epilogue::kSwiglu>::smem_bytes(kMaxExperts));
+  // The two epilogues differ in the shape of a strip's results. 0: this tactic has no kernel.
+  template <Format kFormat>
+  static constexpr int smem_of() {
+    return std::max(Config<__nv_bfloat16, kFormat, Epilogue::kStore>::smem_bytes(kMaxExperts),
+                    Config<__nv_bfloat16, kFormat, Epilogue::kSwiglu>::smem_bytes(kMaxExperts));
+  }
+  static constexpr int smem_bytes(Format format) {
+    int bytes = 0;
+    ((format == kFormats && (bytes = smem_of<kFormats>(), true)) || ...);
+    return bytes;
   }
 };
 

@@ -6,10 +6,10 @@ namespace {
 
 template <class T, Format kFormat, Epilogue kEpilogue>
 using Config = DecodeConfig<T, kFormat, kEpilogue, 8, 4, 4, 1, 12, 1>;
+using All = Instances<Config, DecodeRun, Format::kNvfp4, Format::kMxfp4>;
 
 }  // namespace
 
-const Tactic kDecode = {"decode", Instances<Config, DecodeRun>::smem_bytes(), false,
-                        Instances<Config, DecodeRun>::run};
+const Tactic kDecode = {"decode", All::smem_bytes, false, All::run};
 
 }  // namespace jaxmoe::sm90

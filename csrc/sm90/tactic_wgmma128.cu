@@ -5,11 +5,11 @@ namespace jaxmoe::sm90 {
 namespace {
 
 template <class T, Format kFormat, Epilogue kEpilogue>
-using Config = GemmConfig<T, kFormat, kEpilogue, 128, 2, 2, 1, 7, 1, 1>;
+using Config = GemmConfig<T, kFormat, kEpilogue, 128, 2, 2, 1, is_fp8(kFormat) ? 6 : 7, 1, 1>;
+using All = Instances<Config, GemmRun, Format::kNvfp4, Format::kMxfp4, Format::kMxfp4Fp8>;
 
 }  // namespace
 
-const Tactic kWgmma128 = {"wgmma128", Instances<Config, GemmRun>::smem_bytes(), true,
-                          Instances<Config, GemmRun>::run};
+const Tactic kWgmma128 = {"wgmma128", All::smem_bytes, true, All::run};
 
 }  // namespace jaxmoe::sm90

@@ -5,11 +5,12 @@ namespace jaxmoe::sm90 {
 namespace {
 
 template <class T, Format kFormat, Epilogue kEpilogue>
-using Config = GemmConfig<T, kFormat, kEpilogue, 64, 2, 2, 2, 5, 1, 1>;
+using Config = GemmConfig<T, kFormat, kEpilogue, 64, 2, 2, is_fp8(kFormat) ? 1 : 2,
+                          is_fp8(kFormat) ? 7 : 5, 1, 1>;
+using All = Instances<Config, GemmRun, Format::kNvfp4, Format::kMxfp4, Format::kMxfp4Fp8>;
 
 }  // namespace
 
-const Tactic kWgmma64 = {"wgmma64", Instances<Config, GemmRun>::smem_bytes(), true,
-                         Instances<Config, GemmRun>::run};
+const Tactic kWgmma64 = {"wgmma64", All::smem_bytes, true, All::run};
 
 }  // namespace jaxmoe::sm90

@@ -20,8 +20,8 @@ struct Launch {
 
 struct Tactic {
   const char* name;
-  int smem_bytes;     // at kMaxExperts, the largest over formats, dtypes and epilogues
-  bool reads_sorted;  // GemmArgs::sorted in place of x and source
+  int (*smem_bytes)(Format);  // at kMaxExperts, the most of any dtype and epilogue; 0: no kernel
+  bool reads_sorted;          // GemmArgs::sorted in place of x and source
   cudaError_t (*run)(const GemmArgs& args, const Launch& launch);
 };
 
