@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kHeld = 8;  // chunks of eight numbers that a thread reads once and keeps
+constexpr int kRowsForWarps = 4096;
 
 // The largest of the bits of |x|: those of a NaN are larger than those of any number.
 __device__ __forceinline__ uint32_t largest(uint32_t most, uint4 v) {
@@ -39,8 +39,9 @@ __device__ __forceinline__ uint2 to_e4m3(uint4 v, float factor) {
   return make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);
 }
 
-// kRowWarps warps share a row: one, or the whole block of threads.
-template <class T, int kRowWarps>
+// kRowWarps warps share a row: one, or the whole block of threads. A thread reads kHeld chunks of
+// eight numbers once and keeps them, more than that twice.
+template <class T, int kRowWarps, int kHeld>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeArgs args) {
   constexpr int kLanes = kRowWarps * 32;
   __shared__ uint32_t warp_most[kWarps];
@@ -101,11 +102,17 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeArgs args) {
 
 template <class T>
 cudaError_t quantize(const QuantizeArgs& args, cudaStream_t stream) {
-  if (args.k <= kHeld * 8 * 32) {
-    return launch(quantize_kernel<T, 1>, dim3((args.rows + kWarps - 1) / kWarps), kThreads, 0,
-                  stream, args);
+  const auto with_warps = [&](auto kernel) {
+    return launch(kernel, dim3((args.rows + kWarps - 1) / kWarps), kThreads, 0, stream, args);
+  };
+  // A warp for a row where there are rows enough, and a lane can keep its part.
+  if (args.rows >= kRowsForWarps && args.k <= 8 * 8 * 32) {
+    return with_warps(quantize_kernel<T, 1, 8>);
   }
-  return launch(quantize_kernel<T, kWarps>, dim3(args.rows), kThreads, 0, stream, args);
+  if (args.rows >= kRowsForWarps && args.k <= 12 * 8 * 32) {
+    return with_warps(quantize_kernel<T, 1, 12>);
+  }
+  return launch(quantize_kernel<T, kWarps, 8>, dim3(args.rows), kThreads, 0, stream, args);
 }
 
 }  // namespace

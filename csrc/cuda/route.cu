@@ -7,7 +7,11 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kPairsPerBlock = 4096;
+// Up to kSelfCounted pairs, each of many small blocks counts all pairs itself: one kernel. Beyond,
+// fewer large blocks read what a kernel before has counted.
+constexpr int kSelfCounted = 32768;
+constexpr int pairs_per_lane(bool counted) { return counted ? 8 : 2; }
+constexpr int pairs_per_block(bool counted) { return kThreads * pairs_per_lane(counted); }
 
 // The local expert of a pair, or -1.
 __device__ __forceinline__ int local_expert(const int32_t* ids, int pair, int offset, int experts) {
@@ -24,8 +28,8 @@ __global__ void __launch_bounds__(kThreads) count_kernel(SortArgs args) {
   grid_launch_dependents();
   grid_wait();
   const int offset = *args.expert_offset;
-  const int begin = blockIdx.x * kPairsPerBlock;
-  const int end = min(begin + kPairsPerBlock, args.pairs);
+  const int begin = blockIdx.x * pairs_per_block(true);
+  const int end = min(begin + pairs_per_block(true), args.pairs);
   for (int i = begin + threadIdx.x; i < end; i += kThreads) {
     const int e = local_expert(args.expert_ids, i, offset, args.experts);
     if (e >= 0) atomicAdd(&count[e], 1);
@@ -36,15 +40,32 @@ __global__ void __launch_bounds__(kThreads) count_kernel(SortArgs args) {
   }
 }
 
+// Lanes of the warp with the same key, of `bits` bits. (match.any takes far longer.)
+__device__ __forceinline__ unsigned lanes_with(int key, int bits) {
+  unsigned same = ~0u;
+  for (int bit = 0; bit < bits; ++bit) {
+    const bool set = key >> bit & 1;
+    const unsigned with = __ballot_sync(~0u, set);
+    same &= set ? with : ~with;
+  }
+  return same;
+}
+
 // Places each block's pairs. Each warp has a contiguous part of them: a pair's position is the
 // first of its expert, plus the pairs of that expert in earlier blocks, earlier warps and earlier
 // lanes.
+template <bool kCounted>
 __global__ void __launch_bounds__(kThreads) place_kernel(SortArgs args) {
-  extern __shared__ int next[];  // [kWarps][experts]: next position of each warp and expert
+  constexpr int kPairsPerLane = pairs_per_lane(kCounted);
+  constexpr int kPairsPerBlock = pairs_per_block(kCounted);
+  extern __shared__ int next[];  // [kWarps][experts]: pairs, then first position of each warp
   __shared__ int warp_sum[kWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int experts = args.experts;
-  for (int i = threadIdx.x; i < kWarps * experts; i += kThreads) next[i] = 0;
+  // [experts]: pairs of the blocks before this one and of those after it.
+  int* const earlier_blocks = next + kWarps * experts;
+  int* const later_blocks = earlier_blocks + experts;
+  for (int i = threadIdx.x; i < (kWarps + 2) * experts; i += kThreads) next[i] = 0;
   __syncthreads();
   grid_launch_dependents();
   grid_wait();
@@ -52,14 +73,36 @@ __global__ void __launch_bounds__(kThreads) place_kernel(SortArgs args) {
   const int block_begin = blockIdx.x * kPairsPerBlock;
   const int block_pairs = min(kPairsPerBlock, args.pairs - block_begin);
   const int per_warp = (block_pairs + kThreads - 1) / kThreads * 32;
-  const int begin = block_begin + warp * per_warp;
-  const int end = min(begin + per_warp, block_begin + block_pairs);
+  const int begin = block_begin + warp * per_warp + lane;
+  const int end = min(begin - lane + per_warp, block_begin + block_pairs);
+  const int bits = 32 - __clz(experts);  // `experts` itself stands for none
 
-  for (int i = begin; i < end; i += 32) {
-    const int e = i + lane < end ? local_expert(args.expert_ids, i + lane, offset, experts) : -1;
-    const unsigned same = __match_any_sync(~0u, e);
-    if (e >= 0 && __ffs(same) - 1 == lane) next[warp * experts + e] += __popc(same);
+  int expert[kPairsPerLane], rank[kPairsPerLane];
+#pragma unroll
+  for (int i = 0; i < kPairsPerLane; ++i) {
+    const int pair = begin + i * 32;
+    const int e = pair < end ? local_expert(args.expert_ids, pair, offset, experts) : -1;
+    expert[i] = e < 0 ? experts : e;
+  }
+  if constexpr (!kCounted) {
+#pragma unroll 4
+    for (int pair = threadIdx.x; pair < args.pairs; pair += kThreads) {
+      const int e = local_expert(args.expert_ids, pair, offset, experts);
+      if (e < 0 || (pair >= block_begin && pair < block_begin + block_pairs)) continue;
+      atomicAdd((pair < block_begin ? earlier_blocks : later_blocks) + e, 1);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPairsPerLane; ++i) {
+    if (i * 32 >= per_warp) break;
+    const unsigned same = lanes_with(expert[i], bits), earlier = same & ((1u << lane) - 1);
+    const bool counts = expert[i] < experts;
+    int* count = &next[warp * experts + (counts ? expert[i] : 0)];
+    const int before = *count;
     __syncwarp();
+    if (counts && earlier == 0) *count = before + __popc(same);
+    __syncwarp();
+    rank[i] = before + __popc(earlier);
   }
   __syncthreads();
 
@@ -69,13 +112,17 @@ __global__ void __launch_bounds__(kThreads) place_kernel(SortArgs args) {
     const int e = base + threadIdx.x;
     int total = 0, before = 0;
     if (e < experts) {
-      if (gridDim.x == 1) {
+      if constexpr (!kCounted) {
+        before = earlier_blocks[e];
+        total = before + later_blocks[e];
+#pragma unroll
         for (int w = 0; w < kWarps; ++w) total += next[w * experts + e];
       } else {
+#pragma unroll 8
         for (int b = 0; b < static_cast<int>(gridDim.x); ++b) {
           const int n = args.counts[b * experts + e];
           total += n;
-          if (b < static_cast<int>(blockIdx.x)) before += n;
+          before += b < static_cast<int>(blockIdx.x) ? n : 0;
         }
       }
     }
@@ -87,14 +134,16 @@ __global__ void __launch_bounds__(kThreads) place_kernel(SortArgs args) {
     if (lane == 31) warp_sum[warp] = sum;
     __syncthreads();
     int earlier = 0, all = 0;
+#pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) earlier += warp_sum[w];
+      earlier += w < warp ? warp_sum[w] : 0;
       all += warp_sum[w];
     }
     const int first = carry + earlier + sum - total;
     carry += all;
     if (e < experts) {
       int position = first + before;
+#pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         const int n = next[w * experts + e];
         next[w * experts + e] = position;
@@ -106,22 +155,17 @@ __global__ void __launch_bounds__(kThreads) place_kernel(SortArgs args) {
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) args.offsets[experts] = carry;
 
-  for (int i = begin; i < end; i += 32) {
-    const int pair = i + lane;
-    const int e = pair < end ? local_expert(args.expert_ids, pair, offset, experts) : -1;
-    const unsigned same = __match_any_sync(~0u, e);
-    const int rank = __popc(same & ((1u << lane) - 1));
-    if (e >= 0) {
-      const int position = next[warp * experts + e] + rank;
+#pragma unroll
+  for (int i = 0; i < kPairsPerLane; ++i) {
+    const int pair = begin + i * 32;
+    if (pair >= end) break;
+    int position = -1;
+    if (expert[i] < experts) {
+      position = next[warp * experts + expert[i]] + rank[i];
       args.pair_of[position] = pair;
       args.token_of[position] = pair / args.top_k;
-      args.position_of[pair] = position;
-    } else if (pair < end) {
-      args.position_of[pair] = -1;
     }
-    __syncwarp();
-    if (e >= 0 && rank == 0) next[warp * experts + e] += __popc(same);
-    __syncwarp();
+    args.position_of[pair] = position;
   }
 }
 
@@ -233,27 +277,33 @@ __global__ void __launch_bounds__(256) combine_kernel(CombineArgs args) {
   }
 }
 
+bool counted(int64_t pairs) { return pairs > kSelfCounted; }
 int sort_blocks(int64_t pairs) {
-  return static_cast<int>((pairs + kPairsPerBlock - 1) / kPairsPerBlock);
+  const int block = pairs_per_block(counted(pairs));
+  return static_cast<int>((pairs + block - 1) / block);
 }
 
 }  // namespace
 
-int64_t sort_count_elements(int64_t pairs, int64_t experts) { return sort_blocks(pairs) * experts; }
+int64_t sort_count_elements(int64_t pairs, int64_t experts) {
+  return counted(pairs) ? sort_blocks(pairs) * experts : 0;
+}
 
 cudaError_t sort_pairs(const SortArgs& args, cudaStream_t stream) {
   const int blocks = sort_blocks(args.pairs);
-  if (blocks > 1) {
+  const auto place = counted(args.pairs) ? place_kernel<true> : place_kernel<false>;
+  if (counted(args.pairs)) {
     const cudaError_t error =
         launch(count_kernel, dim3(blocks), kThreads, args.experts * 4, stream, args);
     if (error != cudaSuccess) return error;
   }
-  const int smem = kWarps * args.experts * 4;
-  // The most, not `smem`: the limit is the function's, and other threads launch it too.
-  const cudaError_t error = cudaFuncSetAttribute(
-      place_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWarps * kMaxExperts * 4);
+  constexpr int kTables = kWarps + 2;
+  // The most, not what this call needs: the limit is the function's, and other threads launch it
+  // too.
+  const cudaError_t error = cudaFuncSetAttribute(place, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 kTables * kMaxExperts * 4);
   if (error != cudaSuccess) return error;
-  return launch(place_kernel, dim3(blocks), kThreads, smem, stream, args);
+  return launch(place, dim3(blocks), kThreads, kTables * args.experts * 4, stream, args);
 }
 
 cudaError_t gather_rows(const void* x, const int32_t* position_of, int tokens, int top_k,

@@ -25,8 +25,10 @@
 namespace jaxmoe::sm90 {
 
 inline constexpr int kWarpgroupThreads = 128;
-inline constexpr int kBoxRows = 32;    // rows of tokens that one copy fetches
-inline constexpr int kRowBytes = 128;  // of a block of K: 64 numbers of 16 bits or 128 of e4m3
+inline constexpr int kBoxRows = 32;         // rows of tokens that one copy fetches,
+inline constexpr int kSmallBoxRows = 8;     // in tiles of few tokens
+inline constexpr int kSmallBoxTokens = 24;  // at most
+inline constexpr int kRowBytes = 128;       // of a block of K: 64 numbers of 16 bits or 128 of e4m3
 
 template <class T_, Format kFormat_, Epilogue kEpilogue_, int kN_, int kWarpgroups_,
           int kStripsPerWarpgroup_, int kDepth_, int kStages_, int kCluster_, int kBlocksPerSm_ = 1>
@@ -61,7 +63,6 @@ struct GemmConfig {
 
   static constexpr int kSizeStep = kN / 8;           // tiles of tokens are cut to multiples of this
   static constexpr int kTileBytes = kN * kRowBytes;  // one block of K of the tokens
-  static constexpr int kBoxBytes = kBoxRows * kRowBytes;
   static constexpr int kTokenBytes = kDepth * kTileBytes;
   static constexpr int kStripBytes = kDepth * block_bytes(kFormat);
   static constexpr int kWeightBytes = kStrips * kStripBytes;
@@ -101,9 +102,9 @@ struct GemmTile {
 
 template <class C>
 __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap* rows,
-                                        const TileTable& table, uint32_t smem, const Ring& ring,
-                                        int row_tiles) {
-  constexpr int kBoxes = C::kN / kBoxRows;
+                                        const CUtensorMap* small_rows, const TileTable& table,
+                                        uint32_t smem, const Ring& ring, int row_tiles) {
+  constexpr int kBoxes = std::max(C::kN / kBoxRows, kSmallBoxTokens / kSmallBoxRows);
   constexpr int kCopies = C::kDepth * kBoxes;
   static_assert(C::kStrips <= 32 && kCopies <= 32);
   const int lane = threadIdx.x % 32;
@@ -115,7 +116,10 @@ __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap*
   for (int tile = blockIdx.x / C::kCluster; tile < table.total(); tile += gridDim.x / C::kCluster) {
     const GemmTile<C> t(table, tile, row_tiles);
     const int live_strips = max(0, min(C::kStrips, strips - t.first_strip));
-    const int boxes = divide_up(t.tokens, kBoxRows);
+    const bool small = C::kCluster == 1 && t.tokens <= kSmallBoxTokens;
+    const int box_rows = small ? kSmallBoxRows : kBoxRows;
+    const CUtensorMap* map = small ? small_rows : rows;
+    const int boxes = divide_up(t.tokens, box_rows);
     const uint8_t* weights = args.weights + t.expert * matrix +
                              int64_t{t.first_strip + lane} * blocks * block_bytes(C::kFormat);
     for (int block = 0; block < blocks; block += C::kDepth) {
@@ -124,7 +128,8 @@ __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap*
       uint64_t* full = &ring.full[at.slot];
       cuda::barrier_wait(&ring.empty[at.slot], at.phase ^ 1);
       if (lane == 0) {
-        cuda::barrier_arrive_expect(full, live_strips * bytes + live * boxes * C::kBoxBytes);
+        cuda::barrier_arrive_expect(full,
+                                    live_strips * bytes + live * boxes * box_rows * kRowBytes);
       }
       __syncwarp();
       if (lane < live_strips) {
@@ -133,12 +138,12 @@ __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap*
       }
       if (lane < kCopies) {
         const int box = lane % kBoxes, d = lane / kBoxes;
-        const uint32_t to =
-            smem + C::kTokens + at.slot * C::kTokenBytes + d * C::kTileBytes + box * C::kBoxBytes;
-        const int k = (block + d) * C::kBlockK, row = t.begin + box * kBoxRows;
+        const uint32_t to = smem + C::kTokens + at.slot * C::kTokenBytes + d * C::kTileBytes +
+                            box * box_rows * kRowBytes;
+        const int k = (block + d) * C::kBlockK, row = t.begin + box * box_rows;
         if (box < boxes && d < live) {
           if constexpr (C::kCluster == 1) {
-            cuda::tensor_load(to, rows, k, row, full);
+            cuda::tensor_load(to, map, k, row, full);
           } else if (box % C::kCluster == rank) {
             cuda::tensor_load_multicast(to, rows, k, row, full, (1 << C::kCluster) - 1);
           }
@@ -347,7 +352,8 @@ __device__ __forceinline__ void consume(const GemmArgs& args, const TileTable& t
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
-    gemm_kernel(const __grid_constant__ GemmArgs args, const __grid_constant__ CUtensorMap rows) {
+    gemm_kernel(const __grid_constant__ GemmArgs args, const __grid_constant__ CUtensorMap rows,
+                const __grid_constant__ CUtensorMap small_rows) {
   extern __shared__ uint8_t raw[];
   const uint32_t base = cuda::smem_address(raw);
   const uint32_t smem = (base + 1023) & ~1023u;
@@ -357,6 +363,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   const int row_tiles = divide_up(num_strips(args.outputs, C::kGated), C::kCluster * C::kStrips);
   if (threadIdx.x == 0) {
     cuda::prefetch_map(&rows);
+    cuda::prefetch_map(&small_rows);
     for (int i = 0; i < C::kStages; ++i) {
       cuda::barrier_init(&ring.full[i], 1);
       cuda::barrier_init(&ring.empty[i], C::kCluster * C::kConsumers / 32);
@@ -375,7 +382,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   if (warpgroup == C::kWarpgroups) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
     if (threadIdx.x % kWarpgroupThreads < 32) {
-      produce<C>(args, &rows, table, smem, ring, row_tiles);
+      produce<C>(args, &rows, &small_rows, table, smem, ring, row_tiles);
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kConsumerRegisters));
@@ -391,15 +398,18 @@ struct GemmRun {
     const int smem = C::smem_bytes(args.experts);
     cudaError_t error = allow_smem<C>(gemm_kernel<C>);
     if (error != cudaSuccess) return error;
-    CUtensorMap rows;
+    CUtensorMap rows, small_rows;
     const auto type = C::kFp8                        ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                       : launch.dtype == Dtype::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                      : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     error = cuda::make_row_map(args.sorted, args.positions, args.k, kBoxRows, type, &rows);
     if (error != cudaSuccess) return error;
+    error =
+        cuda::make_row_map(args.sorted, args.positions, args.k, kSmallBoxRows, type, &small_rows);
+    if (error != cudaSuccess) return error;
     const int blocks = launch.multiprocessors * C::kBlocksPerSm / C::kCluster * C::kCluster;
     return cuda::launch_clusters(gemm_kernel<C>, C::kCluster, dim3(blocks), C::kThreads, smem,
-                                 launch.stream, args, rows);
+                                 launch.stream, args, rows, small_rows);
   }
 };
 

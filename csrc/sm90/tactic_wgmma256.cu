@@ -5,7 +5,7 @@ namespace jaxmoe::sm90 {
 namespace {
 
 template <class T, Format kFormat, Epilogue kEpilogue>
-using Config = GemmConfig<T, kFormat, kEpilogue, 256, 2, 1, 1, is_fp8(kFormat) ? 4 : 5, 2, 1>;
+using Config = GemmConfig<T, kFormat, kEpilogue, 256, 2, 1, 1, 5, 2, 1>;
 using All = Instances<Config, GemmRun, Format::kNvfp4, Format::kMxfp4, Format::kMxfp4Fp8>;
 
 }  // namespace
