@@ -4,7 +4,7 @@
 Flax layer around them; `jaxmoe.capability` says which kernel runs, and why no other does.
 """
 
-from jaxmoe import activations, capability, routing
+from jaxmoe import activations, capability, routing, tuning
 from jaxmoe.activations import (
     GELU,
     Activation,
@@ -67,4 +67,5 @@ __all__ = [
     "quantize",
     "resolve",
     "routing",
+    "tuning",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe import kernels
+from jaxmoe import kernels, tuning
 from jaxmoe.activations import Activation, SwiGLU
 from jaxmoe.capability import Problem, Resolution
 from jaxmoe.experts import (
@@ -101,7 +101,7 @@ def moe_mlp(
     resolution = kernels.select(
         moe_mlp_problem(x.dtype, experts, expert_ids.shape[1], activation, compute), implementation
     )
-    call = _MlpCall(resolution.variant, MlpConfig(type(activation), weight_on_input))
+    call = _MlpCall(tuning.Key.of(resolution), MlpConfig(type(activation), weight_on_input))
     return _moe_mlp_jit(
         call,
         x,
@@ -203,7 +203,7 @@ def grouped_matmul(
         top_k=1,
     )
     resolution = kernels.select(problem, implementation)
-    call = _GroupedCall(resolution.variant, out_dtype.name)
+    call = _GroupedCall(tuning.Key.of(resolution), out_dtype.name)
     return _grouped_matmul_jit(
         call, x, kernels.lay_out(w, resolution, False), group_sizes, bias, offset
     )
@@ -255,13 +255,13 @@ def _scalar(value: int | jax.Array, name: str) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _MlpCall:
-    variant: str
+    key: tuning.Key  # without the number of tokens, which vmap may still raise
     config: MlpConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class _GroupedCall:
-    variant: str
+    key: tuning.Key
     out_dtype: str
 
 
@@ -299,7 +299,7 @@ def _mlp_forward(call: _MlpCall) -> Callable[..., jax.Array]:
     def forward(tokens: Any, shared: Any) -> jax.Array:
         (x, expert_ids, weights), (experts, params, offset) = tokens, shared
         return kernels.moe_mlp(
-            call.variant, call.config, x, experts, expert_ids, weights, params, offset
+            call.key, call.config, x, experts, expert_ids, weights, params, offset
         )
 
     return _batched_by_folding(forward, foldable=lambda shared: True)
@@ -354,7 +354,7 @@ def _grouped_forward(call: _GroupedCall) -> Callable[..., jax.Array]:
         x: jax.Array, w: Matrix, sizes: jax.Array, bias: jax.Array | None, offset: jax.Array
     ) -> jax.Array:
         return kernels.grouped_matmul(
-            call.variant, x, w, sizes, bias, offset, jnp.dtype(call.out_dtype)
+            call.key, x, w, sizes, bias, offset, jnp.dtype(call.out_dtype)
         )
 
     return jax.custom_batching.sequential_vmap(forward)
@@ -410,5 +410,8 @@ def _in_turn(f: Callable[..., Any], size: int, batched: Any, *args: Any) -> Any:
 
 
 def explain(problem: Problem, implementation: Implementation = None) -> Resolution:
-    """Which variant the current target would run for `problem`, and why no other."""
+    """Which variant the current target would run for `problem`, and why no other.
+
+    Where `problem.tokens` is given, also by which tactic, and where that choice comes from.
+    """
     return kernels.select(problem, implementation)

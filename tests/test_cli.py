@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import jaxmoe
-from jaxmoe import benchmark, checkpoint, kernels
-from jaxmoe.cli import _doctor, _explain, _generate, _quantize, main
+from jaxmoe import benchmark, checkpoint, kernels, tuning
+from jaxmoe.cli import _doctor, _explain, _generate, _quantize, _tune, main
 from jaxmoe.kernels import cpu
 
 MACHINE = benchmark.Machine("test machine", "cpu", bandwidth=1e10, peak=1e11, cache_bytes=0)
@@ -101,6 +101,12 @@ def test_without_the_extra_one_sentence_says_what_to_install(missing):
         (["bench", "--format", "fp8"], "nvfp4 or mxfp4"),
         (["bench", "--implementation", "cuda"], "'cuda' is unknown"),
         (["bench", "--compute", "w9a9"], "compute must be one of"),
+        (["tune", "--tokens", "0"], "whole numbers"),
+        (["tune", "--layer", "tinny"], "Did you mean 'tiny'"),
+        (["tune", "--format", "fp8"], "nvfp4 or mxfp4"),
+        (["tune", "--implementation", "cuda"], "'cuda' is unknown"),
+        (["tune", "--compute", "w9a9"], "compute must be one of"),
+        (["explain", "--tokens", "0"], "--tokens"),
         (["compile"], "compile"),
     ],
 )
@@ -623,3 +629,76 @@ def test_bench_does_not_measure_for_a_file_that_cannot_take_rows(run, tmp_path):
     code, _, err = run("bench", "--layer", "tiny", "--json", path)
     assert code == 2
     assert "not JSON" in plain(err)
+
+
+# --- tune ---------------------------------------------------------------------------------------
+
+
+def test_tune_where_there_are_no_tactics(run, tmp_path):
+    path = tmp_path / "table.json"
+    code, out, err = run("tune", "--layer", "tiny", "--tokens", "1,64", "--json", path)
+    assert code == 1
+    assert out == ""
+    assert re.match(r"jaxmoe: error: cpu_\w+, which runs nvfp4 weights on cpu, has no tactics", err)
+    assert "Variants with tactics run on NVIDIA GPUs whose library is built" in err
+    assert not path.exists()
+
+
+def test_tune_does_not_measure_for_a_file_that_cannot_take_entries(run, tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    path.write_text("[]")
+    code, _, err = run("tune", "--layer", "tiny", "--json", path)
+    assert code == 2
+    assert "--json" in err
+    assert "is not a tuning table" in plain(err)
+    monkeypatch.setenv("JAXMOE_TUNING_CACHE", str(path))
+    code, _, err = run("tune", "--layer", "tiny")
+    assert code == 2
+    assert "JAXMOE_TUNING_CACHE" in err
+
+
+def test_tune_prints_the_winners_and_what_was_left_out(run, tmp_path, monkeypatch):
+    tuned = []
+
+    def tune(layer, weight_format, tokens, *, report, **kwargs):
+        tuned.append((layer.name, weight_format, tokens, kwargs["path"]))
+        problem = jaxmoe.Problem(
+            weight_format=weight_format,
+            hidden_size=layer.hidden_size,
+            intermediate_size=layer.intermediate_size,
+            num_experts=layer.num_experts,
+            top_k=layer.top_k,
+        )
+        key = tuning.Key.of(jaxmoe.explain(problem, "xla"))
+        seconds = {"": 10e-6, "wide": 8e-6}
+        found = [
+            tuning.Tuned(key.at(1), "wide", seconds, {"narrow": "too many rows"}),
+            tuning.Tuned(key.at(64), "", {"": 20e-6}, {"narrow": "too many rows"}),
+        ]
+        for result in found:
+            report(result)
+        return found
+
+    monkeypatch.setattr(_tune, "tune", tune)
+    path = tmp_path / "table.json"
+    code, out, _ = run("tune", "--layer", "all", "--tokens", "1,64", "--json", path)
+    assert code == 0
+    assert tuned == [(name, "nvfp4", [1, 64], path) for name in benchmark.LAYERS]
+    text = plain(out)
+    assert "1 wide 8.0 10.0 20.0% wide 8.0" in text
+    assert "64 library's own 20.0 20.0" in text
+    assert "narrow left out at T = 1, 64: too many rows" in out
+    assert f"recorded in {path}" in out
+
+
+def test_explain_with_tokens_names_the_tactic(run, monkeypatch):
+    choice = tuning.Choice("wide", "tuned by a table")
+    monkeypatch.setattr(kernels, "_choice", lambda key: choice)
+    code, out, _ = run("explain", "--tokens", 64)
+    assert code == 0
+    assert "tactic wide: tuned by a table" in out
+    code, out, _ = run("explain", "--tokens", 64, "--json")
+    (resolution,) = json.loads(out)
+    assert (resolution["tactic"], resolution["problem"]["tokens"]) == ("wide", 64)
+    code, out, _ = run("explain")
+    assert "tactic" not in out.splitlines()[2]

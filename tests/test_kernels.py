@@ -42,6 +42,7 @@ def test_manifest_and_table_agree_in_both_directions():
     assert {row.variant for row in rows} == set(manifest["variants"])
     assert capability.check_manifest(manifest, rows) == []
     assert {row.layout for row in rows} == {panel.NAME}
+    assert re.fullmatch("[0-9a-f]{12}", manifest["build"])
 
 
 def test_hopper_manifest_and_table_agree_in_both_directions():
@@ -54,6 +55,7 @@ def test_hopper_manifest_and_table_agree_in_both_directions():
     assert {row.layout for row in rows} == {fragment.NAME}
     (variant,) = module.manifest()["variants"]
     assert module.manifest()["library"] == "sm90"
+    assert re.fullmatch("[0-9a-f]{12}", module.manifest()["build"])
     assert (
         max(sm90.tactics(variant).values()) == module.manifest()["variants"][variant]["smem_bytes"]
     )
@@ -226,7 +228,10 @@ def hopper_library(monkeypatch):
         return 512
 
     module = types.SimpleNamespace(
-        manifest=lambda: {"variants": {"sm90_w4a16": {"tactics": {"small": 1}}}},
+        manifest=lambda: {
+            "build": "0123456789ab",
+            "variants": {"sm90_w4a16": {"tactics": {"small": 1}}},
+        },
         registrations=dict,
         workspace_bytes=workspace_bytes,
     )

@@ -32,6 +32,7 @@ inline nanobind::dict library_manifest(int abi, const char* library, const char*
   nanobind::dict result;
   result["abi"] = abi;
   result["library"] = library;
+  result["build"] = JAXMOE_BUILD_ID;  // of the kernels' sources and compiler (CMakeLists.txt)
   result["layout"] = layout;
   result["variants"] = variants;
   result["formats"] = formats;

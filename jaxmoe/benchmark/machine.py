@@ -63,8 +63,13 @@ def measure_machine(*, megabytes: int = 256, matrix_size: int | None = None) -> 
         platform=device.platform,
         bandwidth=read(megabytes * 2**20),
         peak=max(_matmul_rate(size, dtype) for dtype in (jnp.float32, jnp.bfloat16)),
-        cache_bytes=_last_level_cache() if on_cpu else 64 * 2**20,
+        cache_bytes=cache_bytes(device.platform),
     )
+
+
+def cache_bytes(platform: str) -> int:
+    """Size of the last-level cache of this machine's CPU, or 64 MiB: other devices do not say."""
+    return _last_level_cache() if platform == "cpu" else 64 * 2**20
 
 
 def _best(f: Callable[[], object], repetitions: int = 5) -> float:

@@ -27,7 +27,9 @@ BASELINE = "ragged_dot"
 
 AUTO = "auto"
 
-_ROUTINGS = 7  # prime, so that routings and weight sets meet in every combination
+ROUTINGS = 7
+"""Routings in rotation; prime, so that they and the weight sets meet in every combination."""
+
 _MOST_SETS = 64  # small layers would take hundreds to outgrow a cache
 _GIB = 2**30
 
@@ -151,7 +153,7 @@ def measure_layer(
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     for t in tokens:
         yield from (Skipped(name, t, reason) for name, reason in refused)
-        inputs = [random_tokens(layer, t, dtype, seed + r) for r in range(_ROUTINGS)]
+        inputs = [random_tokens(layer, t, dtype, seed + r) for r in range(ROUTINGS)]
         able: list[tuple[_Plan, Callable[..., jax.Array]]] = []
         for plan in plans:
             if plan.name != BASELINE:
@@ -218,9 +220,11 @@ def _weights(
             f"set of weights in each layout ({', '.join(layouts)}), and {memory_limit / _GIB:.1f} "
             "GiB are allowed: raise the limit, or measure fewer implementations at once"
         )
-    touched = layer.expert_bytes(weight_format) * _expected_experts(layer, tokens)
-    wanted = math.ceil(2 * machine.cache_bytes / touched)
-    sets = max(1, min(wanted, _MOST_SETS, int(left / (native * one)))) if native else 1
+    sets = (
+        num_weight_sets(layer, weight_format, tokens, machine.cache_bytes, int(left / native))
+        if native
+        else 1
+    )
     return {
         layout: [
             random_experts(layer, weight_format, layout, seed + s)
@@ -228,6 +232,18 @@ def _weights(
         ]
         for layout in layouts
     }
+
+
+def num_weight_sets(
+    layer: Layer, weight_format: str, tokens: int, cache_bytes: int, memory_limit: int
+) -> int:
+    """Sets of weights in rotation of which none is in the cache when it is used again.
+
+    At least one, at most what the limit allows.
+    """
+    touched = layer.expert_bytes(weight_format) * _expected_experts(layer, tokens)
+    wanted = math.ceil(2 * cache_bytes / touched)
+    return max(1, min(wanted, _MOST_SETS, int(memory_limit / layer.weight_bytes(weight_format))))
 
 
 def _expected_experts(layer: Layer, tokens: int) -> float:

@@ -33,6 +33,8 @@ class Problem:
       top_k: experts per token.
       declared_compute: what the checkpoint was made for; None stands for the most accurate
         (`w4a16` for FP4 weights).
+      tokens: `T` (for `grouped_matmul`, the rows of x) where it is known. The variant never depends
+        on it; which of the variant's tactics runs does.
     """
 
     op: str = "moe_mlp"
@@ -47,6 +49,7 @@ class Problem:
     num_experts: int
     top_k: int
     declared_compute: str | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         dtype = self.activation_dtype
@@ -58,8 +61,8 @@ class Problem:
         _require("compute", self.compute, ("auto", *every))
         if self.declared_compute is not None:
             _require("declared_compute", self.declared_compute, COMPUTE[self.weight_format])
-        for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
-            if getattr(self, name) < 0:
+        for name in ("hidden_size", "intermediate_size", "num_experts", "top_k", "tokens"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
 
     @property
@@ -85,6 +88,7 @@ class Problem:
             f"{self.op} of {self.weight_format} weights, compute {compute}, "
             f"{', '.join([self.activation_dtype, *extras])}, H={self.hidden_size} "
             f"I={self.intermediate_size} E={self.num_experts} k={self.top_k}"
+            + (f" T={self.tokens}" if self.tokens is not None else "")
         )
 
 

@@ -39,6 +39,10 @@ class Resolution:
       alternatives: variants that could run it too, best first.
       rejected: every other variant considered, with its reason.
       hint: after a failure, what would run.
+      tactic: the variant's tactic for `problem.tokens`; "" where its library chooses, or nothing is
+        known of it.
+      tactic_by: where the tactic comes from; "" where the variant has none, or `problem.tokens` is
+        None.
     """
 
     problem: Problem
@@ -53,6 +57,8 @@ class Resolution:
     alternatives: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     hint: str = ""
+    tactic: str = ""
+    tactic_by: str = ""
 
     @property
     def variant(self) -> str:
@@ -78,6 +84,8 @@ class Resolution:
                     f"evidence: {self.evidence})",
                 )
             )
+        if self.tactic_by:
+            lines.append(("tactic", f"{self.tactic or 'default'}: {self.tactic_by}"))
         if self.degraded_from:
             lines.append(
                 (

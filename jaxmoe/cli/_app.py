@@ -132,6 +132,9 @@ def explain(
     intermediate_size: Annotated[int | None, Option(min=1, help="I (N of grouped_matmul).")] = None,
     num_experts: Annotated[int | None, Option(min=1, help="E.")] = None,
     top_k: Annotated[int | None, Option(min=1, help="k.")] = None,
+    tokens: Annotated[
+        int | None, Option(min=1, help="T; with it, also which tactic of the kernel.")
+    ] = None,
     implementation: Implementation = None,
     json: Annotated[
         bool, Option("--json", help="Print a JSON list with one resolution for each target.")
@@ -158,6 +161,7 @@ def explain(
             "activation_dtype": dtype,
             "activation": activation,
             "bias": bias,
+            "tokens": tokens,
         },
         implementation=implementation,
         as_json=json,
@@ -243,6 +247,50 @@ def bench(
         implementations=implementation or ["auto", "xla", "ragged_dot"],
         dtype=dtype,
         compute=compute,
+        seconds=seconds,
+        memory=memory,
+        path=json,
+    )
+
+
+@app.command()
+def tune(
+    layer: Annotated[
+        list[str] | None,
+        Option(help="Layer; may be repeated; `all` stands for every one. Default: qwen3-30b-a3b."),
+    ] = None,
+    tokens: Annotated[
+        str, Option(help="Numbers of tokens T, with commas; rounded up to powers of two.")
+    ] = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192,16384",
+    weight_format: Annotated[
+        list[str] | None, Option("--format", help="nvfp4 or mxfp4; may be repeated.")
+    ] = None,
+    dtype: Annotated[Dtype, Option(help="Of the activations.")] = "bfloat16",
+    compute: Annotated[str, Option(help="As for `explain`.")] = "auto",
+    implementation: Implementation = None,
+    seconds: Annotated[
+        float, Option(min=0.01, help="Time to measure each tactic at each T.")
+    ] = 0.3,
+    memory: Annotated[float, Option(min=0.1, help="GiB that weights may take.")] = 6.0,
+    json: Annotated[
+        Path | None,
+        Option("--json", help="Add to this table. Default: the user's cache.", dir_okay=False),
+    ] = None,
+) -> None:
+    """Measure the tactics of this GPU's kernels for a layer, and record the fastest.
+
+    Functions that are traced from then on use what is in the user's cache: $JAXMOE_TUNING_CACHE,
+    else jaxmoe/tuning.json under $XDG_CACHE_HOME or ~/.cache. Nothing else ever writes it.
+    """
+    from jaxmoe.cli._tune import tune_layers as command
+
+    command(
+        layers=layer or ["qwen3-30b-a3b"],
+        tokens=tokens,
+        formats=weight_format or ["nvfp4"],
+        dtype=dtype,
+        compute=compute,
+        implementation=implementation,
         seconds=seconds,
         memory=memory,
         path=json,

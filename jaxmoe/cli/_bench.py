@@ -32,25 +32,12 @@ def bench(
         specs = [benchmark.get_layer(name) for name in layers]
     with argument("--tokens"):
         counts = parse_tokens(tokens)
-    with argument("--format"):
-        for name in formats:
-            if name not in ("nvfp4", "mxfp4"):
-                raise ValueError(f"format must be nvfp4 or mxfp4, got {name!r}")
+    check_arithmetic(formats, compute)
     with argument("--implementation"):
         known = ("auto", BASELINE, *implementation_names())
         for name in implementations:
             if name not in known:
                 raise ValueError(f"{name!r} is unknown; the names are {', '.join(known)}")
-    with argument("--compute"):
-        for name in formats:
-            Problem(
-                weight_format=name,
-                compute=compute,
-                hidden_size=64,
-                intermediate_size=64,
-                num_experts=1,
-                top_k=1,
-            )
     if path is not None:
         with argument("--json"):
             benchmark.read_rows(path)
@@ -89,6 +76,24 @@ def bench(
             if path is not None:
                 measured = [r for r in done if isinstance(r, Measurement)]
                 benchmark.append_rows(path, [benchmark.row(r, machine) for r in measured])
+
+
+def check_arithmetic(formats: Sequence[str], compute: str) -> None:
+    """Complains about a format that is not FP4, and about arithmetic that it does not have."""
+    with argument("--format"):
+        for name in formats:
+            if name not in ("nvfp4", "mxfp4"):
+                raise ValueError(f"format must be nvfp4 or mxfp4, got {name!r}")
+    with argument("--compute"):
+        for name in formats:
+            Problem(
+                weight_format=name,
+                compute=compute,
+                hidden_size=64,
+                intermediate_size=64,
+                num_experts=1,
+                top_k=1,
+            )
 
 
 def parse_tokens(text: str) -> list[int]:

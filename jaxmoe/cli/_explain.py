@@ -78,7 +78,9 @@ def explain(
         asked = Problem(**problem, **{name: getattr(spec, name) for name in names} | dict(sizes))
     wanted = [t for name in targets for t in (ALL_TARGETS if name == "all" else (name,))]
     found = [find_target(name) for name in wanted] or [find_target(None)]
-    resolutions = [try_resolve(asked, target, implementation) for target in found]
+    resolutions = [
+        kernels.with_tactic(try_resolve(asked, target, implementation)) for target in found
+    ]
     if as_json:
         print(json.dumps([r.to_dict() for r in resolutions], indent=2))
         return
@@ -106,6 +108,8 @@ def _print(console: Console, r: Resolution) -> None:
         )
         selected = f"{r.selected} as {r.compute}, by {how} (evidence: {r.evidence})"
     say(console, f"{r.target}: {selected}", "bold green" if r.selected else "bold red")
+    if r.tactic_by:
+        say(console, f"tactic {r.tactic or 'default'}: {r.tactic_by}")
     if r.degraded_from:
         say(console, f"the checkpoint declares {r.degraded_from}; {r.compute} is more accurate")
     if r.alternatives:

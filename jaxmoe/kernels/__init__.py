@@ -1,8 +1,9 @@
 """Kernels: one module per family behind one dispatch.
 
 To add a family: write `kernels/<family>.py` with `moe_mlp` and `grouped_matmul` of the signatures
-in `kernels/cpu.py`, add its layout to `layouts.LAYOUTS` and itself to `FAMILIES`, and its rows to
-the capability table. Nothing else asks which family a variant belongs to.
+in `kernels/cpu.py` (and a keyword `tactic` where its manifest lists tactics), add its layout to
+`layouts.LAYOUTS` and itself to `FAMILIES`, and its rows to the capability table. Nothing else asks
+which family a variant belongs to.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jaxmoe import capability
+from jaxmoe import capability, tuning
 from jaxmoe.capability import TABLE, Problem, Resolution, Row
 from jaxmoe.experts import CANONICAL, ExpertWeights, PreparedMatrix, format_of, is_plain
 from jaxmoe.kernels import cpu, layouts, sm90, xla
@@ -56,11 +57,45 @@ def select(problem: Problem, implementation: Any = None) -> Resolution:
         resolution = capability.select(problem, implementation, **installation())
         row = _ROWS[resolution.variant]
         if row.family not in FAMILIES or capability.current_override().target is not None:
-            return resolution  # nothing native, or tracing for a machine that may not be this one
+            break  # nothing native, or tracing for a machine that may not be this one
         why = FAMILIES[row.family].self_test(row.variant)
         if not why:
-            return resolution
+            break
         _disqualified[row.variant] = why
+    return with_tactic(resolution)
+
+
+def with_tactic(resolution: Resolution) -> Resolution:
+    """Adds which tactic runs `resolution.problem`, where its number of tokens is known."""
+    if resolution.selected is None or resolution.problem.tokens is None:
+        return resolution
+    choice = _choice(tuning.Key.of(resolution))
+    return dataclasses.replace(resolution, tactic=choice.tactic, tactic_by=choice.why)
+
+
+def tactics(variant: str) -> Mapping[str, int]:
+    """What the library can be told to take for a variant, with its bytes of shared memory.
+
+    Empty for a variant that has no choice, or whose library is not built.
+    """
+    manifest = _manifest(variant)
+    return manifest["variants"].get(variant, {}).get("tactics", {}) if manifest else {}
+
+
+def build_id(variant: str) -> str:
+    """Id of the build of the variant's library: that of its sources and compiler."""
+    return _manifest(variant)["build"]
+
+
+def _manifest(variant: str) -> Mapping[str, Any]:
+    family = _ROWS[variant].family
+    module = FAMILIES[family].library()[0] if family in FAMILIES else None
+    return {} if module is None else module.manifest()
+
+
+def _choice(key: tuning.Key) -> tuning.Choice:
+    names = tuple(tactics(key.variant))
+    return tuning.lookup(key, names, build_id(key.variant) if names else "")
 
 
 def layout_for(experts: ExpertWeights | QuantizedTensor, variant: str | None, gated: bool) -> str:
@@ -115,17 +150,23 @@ def lay_out(weights: Any, resolution: Resolution, gated: bool) -> Any:
     )
 
 
-def moe_mlp(variant: str, config: MlpConfig, *operands: Any) -> jax.Array:
-    """Runs `variant`; the operands are those of `xla.moe_mlp`."""
-    family = _ROWS[variant].family
+def moe_mlp(key: tuning.Key, config: MlpConfig, x: jax.Array, *operands: Any) -> jax.Array:
+    """Runs `key.variant` by its tactic for this T; the operands are those of `xla.moe_mlp`."""
+    family, attributes = _ROWS[key.variant].family, _attributes(key, x)
     if family in FAMILIES:
-        return FAMILIES[family].moe_mlp(config, variant, *operands)
-    return xla.moe_mlp(config, *operands)
+        return FAMILIES[family].moe_mlp(config, key.variant, x, *operands, **attributes)
+    return xla.moe_mlp(config, x, *operands)
 
 
-def grouped_matmul(variant: str, *operands: Any) -> jax.Array:
-    """Runs `variant`; the operands are those of `xla.grouped_matmul`."""
-    family = _ROWS[variant].family
+def grouped_matmul(key: tuning.Key, x: jax.Array, *operands: Any) -> jax.Array:
+    """As `moe_mlp`, with the operands of `xla.grouped_matmul`."""
+    family, attributes = _ROWS[key.variant].family, _attributes(key, x)
     if family in FAMILIES:
-        return FAMILIES[family].grouped_matmul(variant, *operands)
-    return xla.grouped_matmul(*operands)
+        return FAMILIES[family].grouped_matmul(key.variant, x, *operands, **attributes)
+    return xla.grouped_matmul(x, *operands)
+
+
+def _attributes(key: tuning.Key, x: jax.Array) -> dict[str, str]:
+    """The tactic, as a library wants to be told; nothing where it chooses by itself."""
+    tactic = _choice(key.at(x.shape[0])).tactic
+    return {"tactic": tactic} if tactic else {}
