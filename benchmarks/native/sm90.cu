@@ -4,6 +4,7 @@
 //   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -Icsrc
 //       benchmarks/native/sm90.cu csrc/sm90/*.cu csrc/cuda/*.cu -o bench_sm90
 //   ./bench_sm90 check odd,qwen3-30b-a3b nvfp4,mxfp4 1,17,300 auto,decode,wgmma64
+//   ./bench_sm90 time qwen3-30b-a3b nvfp4 1 fused,decode
 //   ./bench_sm90 time gpt-oss-120b mxfp4 1,64,4096 auto
 //
 // x is bf16, the activation SwiGLU, without biases. A line has the layer, format, tokens, tactic
@@ -294,7 +295,7 @@ class Bench {
 
   // Prints one line; false where something is wrong.
   bool run(int tokens, const std::string& tactic) {
-    const char* usual = default_tactic(int64_t{tokens} * layer_.top_k, layer_.experts);
+    const char* usual = default_tactic(shape(tokens));
     std::printf("%-15s %s T=%-5d %-9s", layer_.name.c_str(),
                 format_ == Format::kNvfp4 ? "nvfp4" : "mxfp4", tokens,
                 tactic.empty() ? usual : tactic.c_str());

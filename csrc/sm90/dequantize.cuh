@@ -81,6 +81,29 @@ __device__ __forceinline__ void dequantize(uint32_t x, uint32_t factors, uint32_
   a[3] = P::multiply(a[3], high);
 }
 
+// What a lane holds of one warp's part of a block: four steps of 16 along K.
+template <class T, Format kFormat>
+struct PackedBlock {
+  uint32_t words[4];
+  uint32_t scale[2];  // of two blocks of scales each
+
+  // Addresses in shared memory: of the lane's 16 bytes of elements and of its rows' scales.
+  __device__ __forceinline__ void load(uint32_t elements, uint32_t scales) {
+    const uint4 v = cuda::load_shared_16(elements);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    if constexpr (scales_per_row(kFormat) == 4) {
+      const uint2 s = cuda::load_shared_8(scales);
+      scale[0] = s.x, scale[1] = s.y;
+    } else {
+      scale[0] = scale[1] = cuda::load_shared_4(scales);
+    }
+  }
+  __device__ __forceinline__ void fragment(int step, uint32_t (&a)[4]) const {
+    constexpr int kSteps = 4 / scales_per_row(kFormat);  // with one scale
+    dequantize<T>(words[step], scale_factors<T, kFormat>(scale[step / 2], step / kSteps % 2), a);
+  }
+};
+
 }  // namespace jaxmoe::sm90
 
 #endif  // JAXMOE_CSRC_SM90_DEQUANTIZE_CUH_
