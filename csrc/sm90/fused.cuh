@@ -262,7 +262,8 @@ __device__ __forceinline__ int find_experts(const FusedArgs& args, int* local, i
       if (e >= 0 && e < args.up.experts) expert = static_cast<int>(e);
       local[pair] = expert;
     }
-    bool first = expert >= 0 && __ffs(__match_any_sync(~0u, expert)) - 1 == lane;
+    const unsigned same = __match_any_sync(~0u, expert);
+    bool first = expert >= 0 && __ffs(same) - 1 == lane;
     for (int i = 0; i < count; ++i) first = first && experts[i] != expert;
     const unsigned firsts = __ballot_sync(~0u, first);
     if (first) experts[count + __popc(firsts & ((1u << lane) - 1))] = expert;
@@ -599,7 +600,8 @@ struct FusedRun {
     if constexpr (C::kEpilogue == Epilogue::kStore) {
       return cudaErrorInvalidValue;  // the first product always has an activation
     } else {
-      // What fits with room for few columns of x: `obstacle` refuses the rest.
+      // Whatever the kernel's limits allow, with this many columns; `obstacle` refuses what does
+      // not fit.
       static_assert(FusedLayout<C>::depth(kFusedTokens, kFusedPairs / kFusedTokens, 4096) > 0);
       const int depth = FusedLayout<C>::depth(args.tokens, args.top_k, args.up.k);
       const int smem = FusedLayout<C>(args.tokens, args.top_k, args.up.k, depth).bytes;

@@ -25,11 +25,12 @@ struct Tactic {
   const char* name;
   int smem_bytes;     // at kMaxExperts, the largest over formats, dtypes and epilogues
   bool reads_sorted;  // GemmArgs::sorted in place of x and source
-  // One product, or null for a tactic of the whole MLP, which has the other two.
+  // One product; null for a tactic of the whole MLP, which has the other two.
   cudaError_t (*run)(const GemmArgs& args, const Launch& launch);
-  cudaError_t (*run_mlp)(const FusedArgs& args,
-                         const Launch& launch) = nullptr;    // its first epilogue
-  std::string (*obstacle)(const MlpShape& shape) = nullptr;  // "" or why it cannot: "takes at most"
+  // The whole MLP; the epilogue is that of the first product.
+  cudaError_t (*run_mlp)(const FusedArgs& args, const Launch& launch) = nullptr;
+  // Why run_mlp cannot: "takes at most ...", or "".
+  std::string (*obstacle)(const MlpShape& shape) = nullptr;
 };
 
 extern const Tactic kFused;
