@@ -10,10 +10,10 @@
 // weighted sum needs no other block.
 //
 // The warps of a block share out K, and add up through shared memory in a fixed order. Each fetches
-// for itself: a private ring of `depth` slots, each a block of K by up to four quarters, filled by
-// bulk copies as soon as it is read. The copies run ahead across rows, experts and the barrier, for
-// the weights of the second product depend on nothing: so memory works while the grid waits. The
-// results of the first product go through L2 memory, by ordinary stores and loads.
+// for itself: a private ring of `depth` slots, each of up to four quarters of blocks of K, filled
+// by bulk copies as soon as it is read. The copies run ahead across rows, experts and the barrier,
+// for the weights of the second product depend on nothing: so memory works while the grid waits.
+// The results of the first product go through L2 memory, by ordinary stores and loads.
 //
 // Both x and those results lie in the order in which a lane multiplies them (`place`).
 #ifndef JAXMOE_CSRC_SM90_FUSED_CUH_
@@ -50,6 +50,7 @@ struct FusedConfig {
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kQuarterElements = kElementBytes / 4;
   static constexpr int kQuarterScales = scale_bytes(kFormat) / 4;
+  static constexpr int kQuarterBytes = kQuarterElements + kQuarterScales;
   static constexpr int kSlotBytes = block_bytes(kFormat);
   // Sums of a pair of tokens: of each warp, quarter and row pair; two more, against bank conflicts.
   static constexpr int kSumColumn = kWarps * 4 * 8 + 2;
@@ -158,14 +159,19 @@ struct Walk {
     if (quarter == share->quarters) quarter = 0, ++expert;
     enter();
   }
-  __device__ __forceinline__ void next_item() {
-    --items;
-    if (++block == share->blocks) block = 0, ++chosen;
+  // Items from this one on that make a piece: one expert's, and no more than a slot holds.
+  __device__ __forceinline__ int piece() const {
+    return min(min(max(4 >> (count - 1), 1), items), share->blocks - block);
+  }
+  __device__ __forceinline__ void next_items(int n) {
+    items -= n;
+    block += n;
+    if (block == share->blocks) block = 0, ++chosen;
   }
 
  private:
   __device__ __forceinline__ void enter() {
-    count = min(min(4 - quarter % 4, share->quarters - quarter), units);
+    count = min(min(4 - (quarter & 3), share->quarters - quarter), units);
     items = share->items;
     chosen = expert + share->item_expert;
     block = share->item_block;
@@ -187,45 +193,56 @@ class Stream {
     for (int slot = 0; slot < depth; ++slot) issue(slot);
   }
 
-  // Reads the next piece as soon as it is there, and has its slot filled again.
-  __device__ __forceinline__ void take(int count, PackedBlock<typename C::T, C::kFormat> (&to)[4]) {
+  // Reads the quarters of the item that `walk` is at, as soon as they are there. A slot that has
+  // been read is filled again.
+  __device__ __forceinline__ void take(const Walk& walk,
+                                       PackedBlock<typename C::T, C::kFormat> (&to)[4]) {
     const int lane = threadIdx.x % 32;
-    const uint32_t elements = slots_ + slot_ * C::kSlotBytes + lane * 16;
+    if (left_ == 0) {
+      left_ = walk.piece();
+      offset_ = slots_ + slot_ * C::kSlotBytes;
+      cuda::barrier_wait(&full_[slot_], phase_);
+    }
+    const uint32_t elements = offset_ + lane * 16;
     const uint32_t scales =
-        slots_ + slot_ * C::kSlotBytes + kElementBytes + lane / 4 * 2 * scales_per_row(C::kFormat);
-    cuda::barrier_wait(&full_[slot_], phase_);
+        offset_ + walk.count * C::kQuarterElements + lane / 4 * 2 * scales_per_row(C::kFormat);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      if (q < count) {
+      if (q < walk.count) {
         to[q].load(elements + q * C::kQuarterElements, scales + q * C::kQuarterScales);
       }
     }
+    offset_ += walk.count * C::kQuarterBytes;
+    if (--left_ > 0) return;
     __syncwarp();
     issue(slot_);
     if (++slot_ == depth_) slot_ = 0, phase_ ^= 1;
   }
 
  private:
+  // Of each item first the elements of its quarters, then their scales.
   __device__ __forceinline__ void issue(int slot) {
     if (walk_.done()) return;
     const int lane = threadIdx.x % 32;
     const Share& share = *walk_.share;
-    const int strip = walk_.quarter / 4, part = walk_.quarter % 4;
+    const int strip = walk_.quarter >> 2, part = walk_.quarter & 3;
+    const int items = walk_.piece(), item_bytes = walk_.count * C::kQuarterBytes;
     const uint32_t to = slots_ + slot * C::kSlotBytes;
     uint64_t* full = &full_[slot];
     const uint8_t* from = share.weights + experts_[walk_.chosen] * share.matrix_bytes +
                           (int64_t{strip} * share.blocks + walk_.block) * C::kSlotBytes;
-    if (lane == 0) {
-      cuda::barrier_arrive_expect(full, walk_.count * (C::kQuarterElements + C::kQuarterScales));
-    }
+    if (lane == 0) cuda::barrier_arrive_expect(full, items * item_bytes);
     if (walk_.count == 4) {
       if (lane == 0) cuda::bulk_load(to, from, C::kSlotBytes, full);
-    } else if (lane < 2) {  // elements, scales
-      const int bytes = lane ? C::kQuarterScales : C::kQuarterElements;
-      const int offset = lane * kElementBytes;
-      cuda::bulk_load(to + offset, from + offset + part * bytes, walk_.count * bytes, full);
+    } else if (lane < 2 * items) {
+      const int item = lane / 2;
+      const bool scales = lane % 2;
+      const int bytes = scales ? C::kQuarterScales : C::kQuarterElements;
+      cuda::bulk_load(to + item * item_bytes + (scales ? walk_.count * C::kQuarterElements : 0),
+                      from + item * C::kSlotBytes + (scales ? kElementBytes : 0) + part * bytes,
+                      walk_.count * bytes, full);
     }
-    walk_.next_item();
+    walk_.next_items(items);
     skip();
   }
   // To the next piece, past segments in which this warp has none and over to the second product.
@@ -244,6 +261,8 @@ class Stream {
   uint64_t* full_;
   int depth_;
   int slot_ = 0, phase_ = 0;
+  int left_ = 0;         // items of the piece that is being read
+  uint32_t offset_ = 0;  // where the next one lies
 };
 
 // One warp: the distinct experts of this shard, in the order of their first pairs; `local` gets
@@ -392,12 +411,12 @@ __device__ __forceinline__ void first_product(const FusedArgs& args, const Fused
     if (warp < walk.count) finish = {args.up, chosen.experts[which], row, g};  // read early
 
     float sum[4][4] = {};
-    for (; walk.items > 0; walk.next_item()) {
+    for (; walk.items > 0; walk.next_items(1)) {
       const uint4 low = cuda::load_shared_16(tokens + walk.block * 128);
       const uint4 high = cuda::load_shared_16(tokens + walk.block * 128 + 64);
       const uint32_t b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       PackedBlock<T, C::kFormat> packed[4];
-      stream.take(walk.count, packed);
+      stream.take(walk, packed);
       multiply(packed, walk.count, b, sum);
     }
 #pragma unroll
@@ -435,26 +454,44 @@ __device__ __forceinline__ void first_product(const FusedArgs& args, const Fused
   }
 }
 
-// The lane's elements of one block of what a chosen expert yielded for token g; zeros where there
-// is nothing.
-__device__ __forceinline__ void load_hidden(const FusedArgs& args, const Chosen& chosen, int which,
-                                            int block, uint32_t (&b)[8]) {
-  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  const int row = g < args.tokens ? chosen.row[which * args.tokens + g] : -1;
-  const int rest = args.down.k - block * kBlockK;
-  uint4 low = make_uint4(0, 0, 0, 0), high = low;
-  if (row >= 0) {
-    const auto* from =
-        reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(args.down.x) +
-                                       (row * num_blocks(args.down.k) + block) * kBlockK + c * 8);
-    low = __ldcg(from);
-    if (rest > 32) high = __ldcg(from + 4);
+// The lane's elements of what the chosen experts yielded for token g, block by block of K.
+class Hidden {
+ public:
+  __device__ Hidden(const FusedArgs& args, const Chosen& chosen)
+      : args_(args), chosen_(chosen), blocks_(num_blocks(args.down.k)) {}
+
+  // Sets out from a block of one of the chosen experts.
+  __device__ __forceinline__ void enter(int which, int block) {
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    const int row = g < args_.tokens ? chosen_.row[which * args_.tokens + g] : -1;
+    const auto* scratch = static_cast<const uint4*>(args_.down.x);
+    from_ = row < 0 ? nullptr : scratch + (int64_t{row} * blocks_ + block) * (kBlockK / 8) + c;
   }
-  b[0] = low.x, b[1] = low.y, b[2] = low.z, b[3] = low.w;
-  b[4] = high.x, b[5] = high.y, b[6] = high.z, b[7] = high.w;
-  if (rest <= 16) b[2] = b[3] = 0;  // past the end of K: nobody has written it
-  if (rest <= 48) b[6] = b[7] = 0;
-}
+  // The current block, then on to the next; zeros where the token has not chosen the expert, and
+  // past the end of K, which nobody has written.
+  __device__ __forceinline__ void load(int block, uint32_t (&b)[8]) {
+    uint4 low = make_uint4(0, 0, 0, 0), high = low;
+    if (from_) {
+      low = __ldcg(from_);
+      high = __ldcg(from_ + 4);
+      from_ += kBlockK / 8;
+    }
+    b[0] = low.x, b[1] = low.y, b[2] = low.z, b[3] = low.w;
+    b[4] = high.x, b[5] = high.y, b[6] = high.z, b[7] = high.w;
+    const int rest = args_.down.k - block * kBlockK;
+    if (rest < kBlockK) {
+      b[6] = b[7] = 0;
+      if (rest <= 32) b[4] = b[5] = 0;
+      if (rest <= 16) b[2] = b[3] = 0;
+    }
+  }
+
+ private:
+  const FusedArgs& args_;
+  const Chosen& chosen_;
+  const int blocks_;
+  const uint4* from_ = nullptr;
+};
 
 // The lane's share of the biases of a segment's rows, weighted and summed over the experts.
 __device__ __forceinline__ float4 sum_biases(const FusedArgs& args, const Chosen& chosen, int count,
@@ -489,6 +526,7 @@ __device__ __forceinline__ void second_product(const FusedArgs& args, const Chos
   const auto grid = cg::this_grid();
   auto arrived = grid.barrier_arrive();
   Walk walk(share);
+  Hidden hidden(args, chosen);
   const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   float4 bias = zero;  // read while the grid waits
   if (warp < walk.count) bias = sum_biases(args, chosen, count, (walk.quarter + warp) * 16);
@@ -501,18 +539,26 @@ __device__ __forceinline__ void second_product(const FusedArgs& args, const Chos
       if (q < walk.count && reduction.live()) reduction.at(warp, q) = q == warp ? bias : zero;
     }
     uint32_t b[2][8];
-    if (walk.items > 0) load_hidden(args, chosen, walk.chosen, walk.block, b[0]);
+    if (walk.items > 0) {
+      hidden.enter(walk.chosen, walk.block);
+      hidden.load(walk.block, b[0]);
+    }
     while (walk.items > 0) {
 #pragma unroll
       for (int turn = 0; turn < 2; ++turn) {
         const int which = walk.chosen;
-        walk.next_item();
-        const bool last = walk.items == 0;
-        if (!last) load_hidden(args, chosen, walk.chosen, walk.block, b[turn ^ 1]);
+        Walk next = walk;
+        next.next_items(1);
+        const bool last = next.items == 0, over = last || next.chosen != which;
+        if (!last) {  // a piece ahead, for it comes from L2 memory
+          if (over) hidden.enter(next.chosen, 0);
+          hidden.load(next.block, b[turn ^ 1]);
+        }
         PackedBlock<T, C::kFormat> packed[4];
-        stream.take(walk.count, packed);
+        stream.take(walk, packed);
+        walk = next;
         multiply(packed, walk.count, b[turn], sum);
-        if (last || walk.chosen != which) {  // the warp's sum for this expert
+        if (over) {  // the warp's sum for this expert
           const float scale = chosen.scale[which];
           float weight[2] = {};
 #pragma unroll
