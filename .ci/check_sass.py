@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 # What a kernel's code must contain, by a part of its mangled name.
-REQUIRED = {"gemm_kernel": "HGMMA", "decode_kernel": "HMMA"}
+REQUIRED = {"gemm_kernel": "HGMMA", "decode_kernel": "HMMA", "fused_kernel": "HMMA"}
 
 
 def cuobjdump() -> str:

@@ -4,6 +4,7 @@
 //   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -Icsrc
 //       benchmarks/native/sm90.cu csrc/sm90/*.cu csrc/cuda/*.cu -o bench_sm90
 //   ./bench_sm90 check odd,qwen3-30b-a3b nvfp4,mxfp4 1,17,300 auto,decode,wgmma64
+//   ./bench_sm90 time qwen3-30b-a3b nvfp4 1 fused,decode
 //   ./bench_sm90 time gpt-oss-120b mxfp4 1,64,4096 auto
 //
 // The formats are nvfp4, mxfp4, and mxfp4-fp8: mxfp4 with x and h quantised to e4m3 (W4A8). x is
@@ -333,7 +334,7 @@ class Bench {
 
   // Prints one line; false where something is wrong.
   bool run(int tokens, const std::string& tactic) {
-    const char* usual = default_tactic(format_, int64_t{tokens} * layer_.top_k, layer_.experts);
+    const char* usual = default_tactic(format_, shape(tokens));
     std::printf("%-15s %-9s T=%-5d %-9s", layer_.name.c_str(), kFormats[static_cast<int>(format_)],
                 tokens, tactic.empty() ? usual : tactic.c_str());
     std::fflush(stdout);  // says which case it was if the kernel hangs

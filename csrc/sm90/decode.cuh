@@ -176,25 +176,13 @@ __device__ __forceinline__ void decode_consume(const GemmArgs& args, const TileT
         const uint32_t weights_at =
             at.slot * C::kWeightBytes + i * C::kDepthWarps * C::kTileBlockBytes;
         const uint32_t rows_at = rows + at.slot * C::kTokenBytes + i * C::kDepthWarps * kBlockK * 2;
-        const uint4 packed = cuda::load_shared_16(elements + weights_at);
-        uint32_t scale[2];  // of two blocks each
-        if constexpr (kScales == 4) {
-          const uint2 v = cuda::load_shared_8(scales + weights_at);
-          scale[0] = v.x, scale[1] = v.y;
-        } else {
-          scale[0] = scale[1] = cuda::load_shared_4(scales + weights_at);
-        }
-        const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+        PackedBlock<T, C::kFormat> packed;
+        packed.load(elements + weights_at, scales + weights_at);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t a[2][4];
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            constexpr int kSteps = 4 / kScales;  // of 16 along K with one scale
-            const int step = 2 * half + j;
-            dequantize<T>(words[step], scale_factors<T, C::kFormat>(scale[half], step / kSteps % 2),
-                          a[j]);
-          }
+          packed.fragment(2 * half, a[0]);
+          packed.fragment(2 * half + 1, a[1]);
 #pragma unroll
           for (int group = 0; group < C::kGroups; ++group) {
             if (group == 0 || group * 8 < tokens) {

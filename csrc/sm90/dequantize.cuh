@@ -81,6 +81,29 @@ __device__ __forceinline__ void dequantize(uint32_t x, uint32_t factors, uint32_
   a[3] = P::multiply(a[3], high);
 }
 
+// What a lane holds of its warp's part of a block, and the A fragments of the block's four steps.
+template <class T, Format kFormat>
+struct PackedBlock {
+  uint32_t words[4];
+  uint32_t scale[2];  // of two blocks of scales each
+
+  // Addresses in shared memory: of the lane's 16 bytes of elements and of its rows' scales.
+  __device__ __forceinline__ void load(uint32_t elements, uint32_t scales) {
+    const uint4 v = cuda::load_shared_16(elements);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    if constexpr (scales_per_row(kFormat) == 4) {
+      const uint2 s = cuda::load_shared_8(scales);
+      scale[0] = s.x, scale[1] = s.y;
+    } else {
+      scale[0] = scale[1] = cuda::load_shared_4(scales);
+    }
+  }
+  __device__ __forceinline__ void fragment(int step, uint32_t (&a)[4]) const {
+    constexpr int kSteps = 4 / scales_per_row(kFormat);  // with one scale
+    dequantize<T>(words[step], scale_factors<T, kFormat>(scale[step / 2], step / kSteps % 2), a);
+  }
+};
+
 // ---- e4m3
 // ----------------------------------------------------------------------------------------
 //
@@ -100,52 +123,23 @@ __device__ __forceinline__ void dequantize_e4m3(uint32_t x, uint32_t scales, int
   second = __byte_perm(low, high, selectors >> 16) | ((x << 4) & 0x80808080u);
 }
 
-// What a thread of a warpgroup holds of one block of a strip, and the A fragments of its four
-// steps.
-template <class T, Format kFormat>
-struct Packed {
-  uint32_t elements[4];
-  uint32_t scale[2];  // of two blocks each
-
-  // `block`: address of the block in shared memory; `thread`: 0 ... 127.
-  __device__ __forceinline__ void load(uint32_t block, int thread) {
-    constexpr int kScales = scales_per_row(kFormat);
-    const uint4 v = cuda::load_shared_16(block + thread * 16);
-    elements[0] = v.x, elements[1] = v.y, elements[2] = v.z, elements[3] = v.w;
-    const uint32_t scales =
-        block + kElementBytes + (thread / 32 * 8 + thread % 32 / 4) * 2 * kScales;
-    if constexpr (kScales == 4) {
-      const uint2 f = cuda::load_shared_8(scales);
-      scale[0] = f.x, scale[1] = f.y;
-    } else {
-      scale[0] = scale[1] = cuda::load_shared_4(scales);
-    }
-  }
-  __device__ __forceinline__ void fragment(int step, uint32_t (&a)[4]) const {
-    constexpr int kSteps = 4 / scales_per_row(kFormat);  // of 16 along K with one scale
-    dequantize<T>(elements[step], scale_factors<T, kFormat>(scale[step / 2], step / kSteps % 2), a);
-  }
-};
-
 template <class T>
-struct Packed<T, Format::kMxfp4Fp8> {
-  uint32_t elements[2][4];  // rows g and g + 8
-  uint32_t scale[2];        // of four blocks each
+struct PackedBlock<T, Format::kMxfp4Fp8> {
+  uint32_t words[2][4];  // rows g and g + 8
+  uint32_t scale[2];     // of four blocks each
 
-  __device__ __forceinline__ void load(uint32_t block, int thread) {
+  __device__ __forceinline__ void load(uint32_t elements, uint32_t scales) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint4 v =
-          cuda::load_shared_16(block + r * element_bytes(Format::kMxfp4Fp8) / 2 + thread * 16);
-      elements[r][0] = v.x, elements[r][1] = v.y, elements[r][2] = v.z, elements[r][3] = v.w;
+      const uint4 v = cuda::load_shared_16(elements + r * (element_bytes(Format::kMxfp4Fp8) / 2));
+      words[r][0] = v.x, words[r][1] = v.y, words[r][2] = v.z, words[r][3] = v.w;
     }
-    const uint2 f = cuda::load_shared_8(block + element_bytes(Format::kMxfp4Fp8) +
-                                        (thread / 32 * 8 + thread % 32 / 4) * 8);
-    scale[0] = f.x, scale[1] = f.y;
+    const uint2 s = cuda::load_shared_8(scales);
+    scale[0] = s.x, scale[1] = s.y;
   }
   __device__ __forceinline__ void fragment(int step, uint32_t (&a)[4]) const {
-    dequantize_e4m3(elements[0][step], scale[0], step, a[0], a[2]);
-    dequantize_e4m3(elements[1][step], scale[1], step, a[1], a[3]);
+    dequantize_e4m3(words[0][step], scale[0], step, a[0], a[2]);
+    dequantize_e4m3(words[1][step], scale[1], step, a[1], a[3]);
   }
 };
 

@@ -177,6 +177,9 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kStripsPerWarpgroup][kS
   constexpr int kStrips = C::kStripsPerWarpgroup;
   const int thread = threadIdx.x % kWarpgroupThreads;
   const uint32_t weights = smem + C::kWeights + warpgroup * kStrips * C::kStripBytes;
+  const uint32_t elements = weights + thread * 16;
+  const uint32_t scales = weights + element_bytes(C::kFormat) +
+                          (thread / 32 * 8 + thread % 32 / 4) * 2 * scales_per_row(C::kFormat);
   uint32_t a[2][kStrips][4];
   int previous = 0;
   for (int first = 0; first < blocks; first += C::kDepth) {
@@ -184,12 +187,12 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kStripsPerWarpgroup][kS
 #pragma unroll
     for (int d = 0; d < C::kDepth; ++d) {
       if (d > 0 && first + d >= blocks) break;
-      Packed<T, C::kFormat> packed[kStrips];
+      PackedBlock<T, C::kFormat> packed[kStrips];
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
-        packed[s].load(
-            weights + at.slot * C::kWeightBytes + s * C::kStripBytes + d * block_bytes(C::kFormat),
-            thread);
+        const uint32_t offset =
+            at.slot * C::kWeightBytes + s * C::kStripBytes + d * block_bytes(C::kFormat);
+        packed[s].load(elements + offset, scales + offset);
       }
       const uint32_t tokens =
           swizzled_tile(smem + C::kTokens + at.slot * C::kTokenBytes + d * C::kTileBytes);

@@ -9,7 +9,7 @@
 namespace jaxmoe::sm90 {
 namespace {
 
-const Tactic* const kTactics[] = {&kDecode, &kWgmma64, &kWgmma128, &kWgmma256};
+const Tactic* const kTactics[] = {&kFused, &kDecode, &kWgmma64, &kWgmma128, &kWgmma256};
 
 const Tactic* find(Format format, const std::string& name) {
   for (const Tactic* t : kTactics) {
@@ -37,7 +37,7 @@ class Arena {
 
 struct MlpWorkspace {
   int32_t *offsets, *token_of, *pair_of, *position_of, *counts;
-  uint16_t* h;  // [pairs, I] in sorted order
+  uint16_t* h;  // [pairs, I] in sorted order; I padded to whole blocks for `fused`
   uint16_t* y;  // [pairs, H]: first x in sorted order, then the results in the order of pairs
   // For 8-bit activations: h quantised, and the scales of x and h.
   uint8_t* h8 = nullptr;
@@ -52,7 +52,7 @@ struct MlpWorkspace {
     pair_of = arena.take<int32_t>(pairs);
     position_of = arena.take<int32_t>(pairs);
     counts = arena.take<int32_t>(cuda::sort_count_elements(pairs, s.experts));
-    h = arena.take<uint16_t>(pairs * s.intermediate);
+    h = arena.take<uint16_t>(pairs * num_blocks(s.intermediate) * kBlockK);
     y = arena.take<uint16_t>(pairs * s.hidden);
     if (is_fp8(format)) {
       h8 = arena.take<uint8_t>(pairs * s.intermediate);
@@ -84,25 +84,83 @@ std::string failed(const char* what, cudaError_t error) {
   return std::string(what) + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
 }
 
-// Fills in what every launch shares; "" or a complaint.
-std::string prepare(const std::string& name, int64_t rows, int64_t experts, const Tactic** tactic,
-                    Launch* launch) {
-  *tactic =
-      find(launch->format, name.empty() ? default_tactic(launch->format, rows, experts) : name);
-  if (*tactic == nullptr) {
-    std::string names;
-    for (const TacticInfo& t : tactics(launch->format)) {
-      names += (names.empty() ? "" : ", ") + std::string(t.name);
-    }
-    return "tactic must be one of " + names + ", got '" + name + "'";
+// By the tokens of an expert, if all experts that can have one have as many; as measured on an H100
+// (docs/performance.md).
+const Tactic* default_product_tactic(Format format, int64_t rows, int64_t experts) {
+  const int64_t mean = rows / std::max<int64_t>(1, std::min(rows, experts));
+  if (rows <= 16 && !is_fp8(format)) return &kDecode;
+  return mean <= 48 ? &kWgmma64 : mean < 128 ? &kWgmma128 : &kWgmma256;
+}
+
+// One kernel is faster than four as long as its blocks of threads wait for memory alone.
+const Tactic* default_mlp_tactic(Format format, const MlpShape& s) {
+  constexpr int64_t kFusedTokensByDefault = 1;
+  if (s.tokens <= kFusedTokensByDefault && kFused.smem_bytes(format) > 0 &&
+      kFused.obstacle(s).empty()) {
+    return &kFused;
   }
+  return default_product_tactic(format, s.tokens * s.top_k, s.experts);
+}
+
+// Names of the tactics; of those that can run one product alone where that is asked for.
+std::string names(Format format, bool of_products) {
+  std::string all;
+  for (const Tactic* t : kTactics) {
+    if (t->smem_bytes(format) == 0 || (of_products && !t->run)) continue;
+    all += (all.empty() ? "" : ", ") + std::string(t->name);
+  }
+  return all;
+}
+
+std::string count_multiprocessors(int* count) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
-    error =
-        cudaDeviceGetAttribute(&launch->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
   }
   return error == cudaSuccess ? "" : failed("cudaDeviceGetAttribute", error);
+}
+
+// The first product: x [T, H] -> h [pairs, I].
+GemmArgs first_product(const MlpArgs& a, const MlpWorkspace& w) {
+  GemmArgs up{};
+  up.weights = a.gate_up;
+  up.global_scale = a.gate_up_global;
+  up.bias = a.gate_up_bias;
+  up.params = a.params;
+  up.num_params = a.num_params;
+  up.activation = a.activation;
+  up.row_weight = a.weight_on_input ? a.weights : nullptr;
+  up.row_scale = w.x_scale;
+  up.x = a.x;
+  up.sorted = w.y;
+  up.positions = static_cast<int>(a.shape.tokens * a.shape.top_k);
+  up.out = w.h;
+  up.offsets = w.offsets;
+  up.source = w.token_of;
+  up.experts = static_cast<int>(a.shape.experts);
+  up.outputs = static_cast<int>(a.shape.intermediate);
+  up.k = static_cast<int>(a.shape.hidden);
+  return up;
+}
+
+// The second: h [pairs, I] -> y [pairs, H], in the order of pairs.
+GemmArgs second_product(const MlpArgs& a, const MlpWorkspace& w) {
+  GemmArgs down{};
+  down.weights = a.down;
+  down.global_scale = a.down_global;
+  down.bias = a.down_bias;
+  down.row_scale = w.h_scale;
+  down.x = w.h;
+  down.sorted = is_fp8(a.format) ? static_cast<void*>(w.h8) : w.h;
+  down.positions = static_cast<int>(a.shape.tokens * a.shape.top_k);
+  down.out = w.y;
+  down.offsets = w.offsets;
+  down.target = w.pair_of;
+  down.experts = static_cast<int>(a.shape.experts);
+  down.outputs = static_cast<int>(a.shape.hidden);
+  down.k = static_cast<int>(a.shape.intermediate);
+  return down;
 }
 
 }  // namespace
@@ -115,15 +173,8 @@ std::vector<TacticInfo> tactics(Format format) {
   return list;
 }
 
-// By the tokens of an expert, if all experts that can have one have as many; as measured on an H100
-// (docs/performance.md).
-const char* default_tactic(Format format, int64_t rows, int64_t experts) {
-  const int64_t mean = rows / std::max<int64_t>(1, std::min(rows, experts));
-  const Tactic* tactic = rows <= 16 && !is_fp8(format) ? &kDecode
-                         : mean <= 48                  ? &kWgmma64
-                         : mean < 128                  ? &kWgmma128
-                                                       : &kWgmma256;
-  return tactic->name;
+const char* default_tactic(Format format, const MlpShape& shape) {
+  return default_mlp_tactic(format, shape)->name;
 }
 
 int64_t mlp_workspace_bytes(Format format, const MlpShape& shape) {
@@ -138,18 +189,39 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
                     cudaStream_t stream) {
   const MlpShape& s = a.shape;
   if (s.tokens == 0) return "";
-  const Tactic* tactic;
-  Launch launch{a.format, a.dtype, Epilogue::kStore, 0, stream};
-  const std::string complaint = prepare(name, s.tokens * s.top_k, s.experts, &tactic, &launch);
+  const Tactic* tactic = name.empty() ? default_mlp_tactic(a.format, s) : find(a.format, name);
+  if (!tactic) return "tactic must be one of " + names(a.format, false) + ", got '" + name + "'";
+  Launch launch{a.format, a.dtype, Epilogue::kPlain, 0, stream};
+  if (cuda::is_gated(a.activation)) launch.epilogue = Epilogue::kGated;
+  if (a.activation == cuda::Activation::kSwiglu) launch.epilogue = Epilogue::kSwiglu;
+  const std::string complaint = count_multiprocessors(&launch.multiprocessors);
   if (!complaint.empty()) return complaint;
   const MlpWorkspace w(workspace, a.format, s);
+  const GemmArgs up = first_product(a, w);
+  GemmArgs down = second_product(a, w);
+
+  if (tactic->run_mlp) {
+    const std::string obstacle = tactic->obstacle(s);
+    if (!obstacle.empty()) return "tactic '" + name + "' " + obstacle + "; take another, or ''";
+    down.out = a.out;
+    const FusedArgs fused{up,
+                          down,
+                          a.expert_ids,
+                          a.expert_offset,
+                          a.weights,
+                          static_cast<int>(s.tokens),
+                          static_cast<int>(s.top_k),
+                          a.weight_on_input};
+    const cudaError_t error = tactic->run_mlp(fused, launch);
+    return error == cudaSuccess ? "" : failed(tactic->name, error);
+  }
 
   cuda::SortArgs sort{};
   sort.expert_ids = a.expert_ids;
   sort.expert_offset = a.expert_offset;
-  sort.pairs = static_cast<int>(s.tokens * s.top_k);
+  sort.pairs = up.positions;
   sort.top_k = static_cast<int>(s.top_k);
-  sort.experts = static_cast<int>(s.experts);
+  sort.experts = up.experts;
   sort.offsets = w.offsets;
   sort.token_of = w.token_of;
   sort.pair_of = w.pair_of;
@@ -175,27 +247,6 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
                               s.hidden * 2, w.y, stream);
     if (error != cudaSuccess) return failed("gather_rows", error);
   }
-  GemmArgs up{};
-  up.weights = a.gate_up;
-  up.global_scale = a.gate_up_global;
-  up.bias = a.gate_up_bias;
-  up.params = a.params;
-  up.num_params = a.num_params;
-  up.activation = a.activation;
-  up.row_weight = a.weight_on_input ? a.weights : nullptr;
-  up.row_scale = w.x_scale;
-  up.x = a.x;
-  up.sorted = w.y;
-  up.positions = sort.pairs;
-  up.out = w.h;
-  up.offsets = w.offsets;
-  up.source = w.token_of;
-  up.experts = sort.experts;
-  up.outputs = static_cast<int>(s.intermediate);
-  up.k = static_cast<int>(s.hidden);
-  launch.epilogue = a.activation == cuda::Activation::kSwiglu ? Epilogue::kSwiglu
-                    : cuda::is_gated(a.activation)            ? Epilogue::kGated
-                                                              : Epilogue::kPlain;
   error = tactic->run(up, launch);
   if (error != cudaSuccess) return failed("first product", error);
 
@@ -210,20 +261,6 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
     error = cuda::quantize_rows(quantize, stream);
     if (error != cudaSuccess) return failed("quantize_rows of h", error);
   }
-  GemmArgs down{};
-  down.weights = a.down;
-  down.global_scale = a.down_global;
-  down.bias = a.down_bias;
-  down.row_scale = w.h_scale;
-  down.x = w.h;
-  down.sorted = is_fp8(a.format) ? static_cast<void*>(w.h8) : w.h;
-  down.positions = sort.pairs;
-  down.out = w.y;
-  down.offsets = w.offsets;
-  down.target = w.pair_of;
-  down.experts = sort.experts;
-  down.outputs = static_cast<int>(s.hidden);
-  down.k = static_cast<int>(s.intermediate);
   launch.epilogue = Epilogue::kStore;
   error = tactic->run(down, launch);
   if (error != cudaSuccess) return failed("second product", error);
@@ -247,9 +284,13 @@ std::string grouped_matmul(const GroupedArgs& a, const std::string& name, void* 
                            cudaStream_t stream) {
   const GroupedShape& s = a.shape;
   if (s.rows == 0) return "";
-  const Tactic* tactic;
+  const Tactic* tactic =
+      name.empty() ? default_product_tactic(a.format, s.rows, s.experts) : find(a.format, name);
+  if (!tactic || !tactic->run) {
+    return "tactic of one product must be one of " + names(a.format, true) + ", got '" + name + "'";
+  }
   Launch launch{a.format, a.dtype, Epilogue::kStore, 0, stream};
-  const std::string complaint = prepare(name, s.rows, s.experts, &tactic, &launch);
+  const std::string complaint = count_multiprocessors(&launch.multiprocessors);
   if (!complaint.empty()) return complaint;
 
   const GroupedWorkspace w(workspace, a.format, s);

@@ -19,13 +19,13 @@ enum class Dtype { kBf16, kFp16 };
 
 using cuda::kMaxExperts;
 
-// Kernels of the two products and their tile shapes, by name; the empty name is `default_tactic`.
+// Kernels of the two products and their tile shapes, or of the whole MLP, by name; the empty name
+// is `default_tactic`.
 struct TacticInfo {
   const char* name;
   int smem_bytes;  // most shared memory that one of its kernels takes
 };
 std::vector<TacticInfo> tactics(Format format);
-const char* default_tactic(Format format, int64_t rows, int64_t experts);
 
 struct MlpShape {
   int64_t tokens;
@@ -34,6 +34,7 @@ struct MlpShape {
   int64_t experts;
   int64_t top_k;
 };
+const char* default_tactic(Format format, const MlpShape& shape);
 
 struct MlpArgs {
   MlpShape shape;

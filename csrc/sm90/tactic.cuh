@@ -23,10 +23,11 @@ cudaError_t allow_smem(Kernel kernel) {
                               C::smem_bytes(kMaxExperts));
 }
 
-template <template <class, Format, Epilogue> class Config, class Run, Format... kFormats>
+template <template <class, Format, Epilogue> class Config, class Run, class Args,
+          Format... kFormats>
 struct Instances {
   template <class T, Format kFormat>
-  static cudaError_t epilogue(const GemmArgs& args, const Launch& launch) {
+  static cudaError_t epilogue(const Args& args, const Launch& launch) {
     switch (launch.epilogue) {
       case Epilogue::kStore:
         return Run::template run<Config<T, kFormat, Epilogue::kStore>>(args, launch);
@@ -40,12 +41,12 @@ struct Instances {
     return cudaErrorInvalidValue;
   }
   template <class T>
-  static cudaError_t format(const GemmArgs& args, const Launch& launch) {
+  static cudaError_t format(const Args& args, const Launch& launch) {
     cudaError_t error = cudaErrorInvalidValue;
     ((launch.format == kFormats && (error = epilogue<T, kFormats>(args, launch), true)) || ...);
     return error;
   }
-  static cudaError_t run(const GemmArgs& args, const Launch& launch) {
+  static cudaError_t run(const Args& args, const Launch& launch) {
     return launch.dtype == Dtype::kBf16 ? format<__nv_bfloat16>(args, launch)
                                         : format<__half>(args, launch);
   }

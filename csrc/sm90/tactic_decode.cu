@@ -6,7 +6,7 @@ namespace {
 
 template <class T, Format kFormat, Epilogue kEpilogue>
 using Config = DecodeConfig<T, kFormat, kEpilogue, 8, 4, 4, 1, 12, 1>;
-using All = Instances<Config, DecodeRun, Format::kNvfp4, Format::kMxfp4>;
+using All = Instances<Config, DecodeRun, GemmArgs, Format::kNvfp4, Format::kMxfp4>;
 
 }  // namespace
 

@@ -6,7 +6,7 @@ namespace {
 
 template <class T, Format kFormat, Epilogue kEpilogue>
 using Config = GemmConfig<T, kFormat, kEpilogue, 256, 2, 1, 1, 5, 2, 1>;
-using All = Instances<Config, GemmRun, Format::kNvfp4, Format::kMxfp4, Format::kMxfp4Fp8>;
+using All = Instances<Config, GemmRun, GemmArgs, Format::kNvfp4, Format::kMxfp4, Format::kMxfp4Fp8>;
 
 }  // namespace
 

@@ -7,7 +7,7 @@ namespace {
 template <class T, Format kFormat, Epilogue kEpilogue>
 using Config = GemmConfig<T, kFormat, kEpilogue, 64, 2, 2, is_fp8(kFormat) ? 1 : 2,
                           is_fp8(kFormat) ? 7 : 5, 1, 1>;
-using All = Instances<Config, GemmRun, Format::kNvfp4, Format::kMxfp4, Format::kMxfp4Fp8>;
+using All = Instances<Config, GemmRun, GemmArgs, Format::kNvfp4, Format::kMxfp4, Format::kMxfp4Fp8>;
 
 }  // namespace
 

@@ -45,7 +45,11 @@ def features() -> frozenset[str]:
 
 
 def tactics(variant: str) -> Mapping[str, int]:
-    """Kernels that `moe_mlp` and `grouped_matmul` can be told to take, with their shared memory."""
+    """Kernels that `moe_mlp` and `grouped_matmul` can be told to take, with their shared memory.
+
+    `fused` runs a whole MLP of few tokens: `grouped_matmul` refuses it, and `moe_mlp` where the
+    tokens are too many, with its limits.
+    """
     module, why = library()
     if module is None:
         raise RuntimeError(why)

@@ -43,22 +43,36 @@ def obstacle() -> str:
 
 WHY_NOT = obstacle()
 TACTICS = ("", *(() if WHY_NOT else sm90.tactics(VARIANT)))
+FUSED = "fused"  # the whole MLP in one kernel, for few tokens
+FUSED_TOKENS, FUSED_PAIRS = 8, 64
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "runs here")]
 every_half = pytest.mark.parametrize("dtype", DTYPES)
 every_tactic = pytest.mark.parametrize("tactic", TACTICS)
+every_grouped_tactic = pytest.mark.parametrize("tactic", [t for t in TACTICS if t != FUSED])
 replace = dataclasses.replace
 
 # Around the edges of every tile of tokens, and beyond several.
 EDGE_TOKENS = (0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 257)
 
 
-def expected(problem):
-    """The exact answer, where each pair's result is rounded to x's dtype before it is weighted.
+def fit(spec, tactic):
+    """The spec with as many of its tokens as the tactic takes."""
+    if tactic != FUSED:
+        return spec
+    return replace(spec, tokens=min(spec.tokens, FUSED_TOKENS, FUSED_PAIRS // spec.top_k))
 
-    The weights of an exact problem are powers of two: rounding commutes with them.
+
+def expected(problem, tactic=""):
+    """The exact answer.
+
+    All tactics but `fused`, which is the usual one for a token, round each pair's result to x's
+    dtype before it is weighted. The weights of an exact problem are powers of two: rounding
+    commutes with them.
     """
-    pairs = problem.pairs().astype(np.float32).astype(problem.x.dtype).astype(np.float64)
+    pairs = problem.pairs()
+    if tactic != FUSED and (tactic or problem.spec.tokens > 1):
+        pairs = pairs.astype(np.float32).astype(problem.x.dtype).astype(np.float64)
     return pairs.sum(axis=1)
 
 
@@ -198,8 +212,8 @@ def test_exact_grid_bit_for_bit(tactic, weight_format, activation):
             weight_format=weight_format, dtype="bfloat16", activation_name=activation, bias=bias,
             params=params, seed=seed, top_k=3, num_experts=9, num_total=12, expert_offset=2,
         )  # fmt: skip
-        problem = problems.exact_problem(spec)
-        assert_exact(run_tactic(problem, tactic), expected(problem))
+        problem = problems.exact_problem(fit(spec, tactic))
+        assert_exact(run_tactic(problem, tactic), expected(problem, tactic))
 
 
 @every_tactic
@@ -210,21 +224,23 @@ def test_exact_grid_for_every_routing(tactic, routing):
             tokens=tokens, num_experts=num_experts, top_k=top_k, routing=routing, dtype="bfloat16",
             intermediate_size=96, seed=tokens,
         )  # fmt: skip
-        problem = problems.exact_problem(spec)
-        assert_exact(run_tactic(problem, tactic), expected(problem))
+        problem = problems.exact_problem(fit(spec, tactic))
+        assert_exact(run_tactic(problem, tactic), expected(problem, tactic))
 
 
 @every_tactic
 @pytest.mark.parametrize("tokens", EDGE_TOKENS)
 def test_tile_edges(tactic, tokens):
     """All tokens to one expert, so that its rows end where the tile does, one before, one after."""
+    if tactic == FUSED and tokens > FUSED_TOKENS:
+        pytest.skip("more tokens than the tactic takes")
     for weight_format, (hidden, inner) in zip(FORMATS, ((96, 160), (224, 32)), strict=True):
         spec = Spec(
             tokens=tokens, num_experts=3, top_k=1, routing="single", dtype="bfloat16",
             weight_format=weight_format, hidden_size=hidden, intermediate_size=inner, seed=tokens,
         )  # fmt: skip
         problem = problems.exact_problem(spec)
-        assert_exact(run_tactic(problem, tactic), expected(problem))
+        assert_exact(run_tactic(problem, tactic), expected(problem, tactic))
 
 
 @every_tactic
@@ -239,7 +255,7 @@ def test_every_tactic_on_random_problems(tactic, weight_format, dtype):
                 weight_format=weight_format, dtype=dtype, scales=scales, seed=index,
                 bias=index % 2 == 1, activation_name=("swiglu", "relu2")[index % 2],
             )  # fmt: skip
-            problem = problems.random_problem(spec)
+            problem = problems.random_problem(fit(spec, tactic))
             assert_matches(run_tactic(problem, tactic), problem.pairs(), TOLERANCE[dtype])
 
 
@@ -273,7 +289,7 @@ def test_weights_of_ids_out_of_range_are_never_used():
     assert_same_bits(run(problem, VARIANT), run(replace(problem, weights=weights), VARIANT))
 
 
-@every_tactic
+@every_grouped_tactic
 @every_fp4
 @pytest.mark.parametrize("edge", GROUPED_EDGES)
 def test_grouped_edges(tactic, weight_format, edge):
@@ -286,7 +302,7 @@ def test_grouped_edges(tactic, weight_format, edge):
         assert not got[~local].astype(np.float32).any(), "rows without a matrix must be zero"
 
 
-@every_tactic
+@every_grouped_tactic
 @pytest.mark.parametrize("rows", [0, 1, 8, 15, 64, 65, 131, 300])
 def test_grouped_exact_grid(tactic, rows):
     cases = itertools.product(problems.GROUPINGS, [False, True], FORMATS, DTYPES)
@@ -297,6 +313,100 @@ def test_grouped_exact_grid(tactic, rows):
         )  # fmt: skip
         problem = problems.exact_grouped(spec)
         assert_exact(run_grouped_tactic(problem, tactic), problem.expected())
+
+
+# --- one kernel for the whole MLP -----------------------------------------------------------------
+
+FUSED_CASES = [(1, 1), (1, 8), (2, 3), (3, 8), (5, 2), (8, 1), (8, 8), (4, 13)]  # tokens, top_k
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), FUSED_CASES)
+@pytest.mark.parametrize("routing", problems.ROUTINGS)
+def test_fused_for_every_routing(routing, tokens, top_k):
+    """Shared, repeated, remote and no experts; sizes that fill no block, with and without bias."""
+    sizes = [(96, 64, "nvfp4"), (160, 224, "mxfp4"), (112, 80, "nvfp4"), (224, 160, "nvfp4")]
+    for index, (hidden, inner, weight_format) in enumerate(sizes):
+        spec = Spec(
+            tokens=tokens, top_k=top_k, routing=routing, hidden_size=hidden, dtype="bfloat16",
+            intermediate_size=inner, weight_format=weight_format, num_experts=13, num_total=20,
+            expert_offset=5, bias=index % 2 == 1, seed=index,
+        )  # fmt: skip
+        problem = problems.exact_problem(spec)
+        assert_exact(run_tactic(problem, FUSED), expected(problem, FUSED))
+
+
+@every_half
+@every_fp4
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2"])
+def test_fused_on_random_problems(activation, weight_format, dtype):
+    for tokens, top_k in FUSED_CASES:
+        spec = Spec(
+            tokens=tokens, top_k=top_k, num_experts=64, hidden_size=1056, intermediate_size=544,
+            activation_name=activation, weight_format=weight_format, dtype=dtype, bias=True,
+        )  # fmt: skip
+        problem = problems.random_problem(spec)
+        assert_matches(run_tactic(problem, FUSED), problem.pairs(), TOLERANCE[dtype])
+
+
+def test_fused_on_one_deep_matrix():
+    """More rows and blocks of K than a round of all multiprocessors and their rings holds."""
+    for hidden, inner in ((96, 9216), (9216, 96), (4096, 2048)):
+        spec = Spec(
+            tokens=2, top_k=2, num_experts=3, hidden_size=hidden, intermediate_size=inner,
+            dtype="bfloat16",
+        )  # fmt: skip
+        problem = problems.random_problem(spec)
+        assert_matches(run_tactic(problem, FUSED), problem.pairs(), TOLERANCE["bfloat16"])
+
+
+def test_fused_without_a_local_expert_is_zero():
+    problem = problems.random_problem(Spec(tokens=5, dtype="bfloat16", bias=True))
+    for away in (-(2**31), -1, 8, 2**31 - 1):
+        ids = np.full_like(problem.expert_ids, away)
+        got = run_tactic(replace(problem, expert_ids=ids), FUSED)
+        assert not got.astype(np.float32).any()
+
+
+@every_half
+def test_fused_with_weight_on_input(dtype):
+    for tokens, bias in itertools.product((1, 3, 8), (False, True)):
+        spec = Spec(tokens=tokens, weight_on_input=True, top_k=1, bias=bias, dtype=dtype)
+        problem = problems.random_problem(spec)
+        assert_matches(run_tactic(problem, FUSED), problem.pairs(), TOLERANCE[dtype])
+
+
+def test_fused_keeps_a_nan_in_its_row():
+    problem = problems.random_problem(Spec(tokens=8, dtype="bfloat16"))
+    clean = run_tactic(problem, FUSED)
+    x, weights = problem.x.copy(), problem.weights.copy()
+    x[3, 5], weights[6, 1] = np.nan, np.nan
+    got = run_tactic(replace(problem, x=x, weights=weights), FUSED)
+    assert np.isnan(got[[3, 6]]).all()
+    others = np.delete(np.arange(8), [3, 6])
+    assert_same_bits(got[others], clean[others])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 9, "top_k": 1}, r"at most 8 tokens and 64 pairs .* got 9 tokens with top_k 1;"),
+        ({"tokens": 8, "top_k": 9}, r"at most 8 tokens and 64 pairs .* got 8 tokens with top_k 9;"),
+        (
+            {"tokens": 8, "top_k": 1, "hidden_size": 16384, "intermediate_size": 32},
+            r"in shared memory, for which 8 tokens of hidden_size 16384 are too much;",
+        ),
+    ],
+)
+def test_fused_refuses_what_it_cannot_hold(change, message):
+    problem = problems.random_problem(Spec(num_experts=12, dtype="bfloat16", **change))
+    with pytest.raises(Exception, match=message):
+        run_tactic(problem, FUSED)
+
+
+def test_fused_is_no_tactic_of_a_single_product():
+    problem = problems.random_grouped(GroupedSpec(dtype="bfloat16"))
+    with pytest.raises(Exception, match=r"one of decode, .*, got 'fused'"):
+        run_grouped_tactic(problem, FUSED)
 
 
 def test_a_wider_result_falls_to_xla():
@@ -331,10 +441,11 @@ BIG = Spec(tokens=150, num_experts=32, top_k=8, hidden_size=256, intermediate_si
 @every_tactic
 @every_half
 def test_repetition_gives_the_same_bits(tactic, dtype):
-    problem = problems.random_problem(replace(BIG, dtype=dtype))
+    problem = problems.random_problem(fit(replace(BIG, dtype=dtype), tactic))
     first = run_tactic(problem, tactic)
     for seed in range(5):
-        run_tactic(problems.random_problem(Spec(dtype=dtype, seed=seed)), tactic)  # between
+        between = fit(Spec(dtype=dtype, seed=seed), tactic)
+        run_tactic(problems.random_problem(between), tactic)
         assert_same_bits(first, run_tactic(problem, tactic))
 
 
@@ -354,7 +465,8 @@ def test_a_tokens_answer_does_not_depend_on_its_batch_beyond_rounding(dtype):
 @every_tactic
 def test_poisoned_buffers(tactic):
     """Outputs and workspaces that hold NaN before the call leave no trace in the answer."""
-    problem = problems.random_problem(replace(BIG, routing="out_of_range", dtype="bfloat16"))
+    spec = replace(BIG, routing="out_of_range", dtype="bfloat16")
+    problem = problems.random_problem(fit(spec, tactic))
     clean = run_tactic(problem, tactic)
     for _ in range(3):
         # The same executable on NaN leaves NaN in every buffer that it frees; then bytes 0xFF of
