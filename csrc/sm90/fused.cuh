@@ -37,13 +37,14 @@ inline constexpr int kFusedTokens = 8;  // columns of mma.sync
 inline constexpr int kFusedPairs = 64;  // of a token and an expert
 
 template <class T_, Format kFormat_, Epilogue kEpilogue_, int kWarps_, int kMaxDepth_,
-          bool kOverlapLaunch_>
+          int kAtFirst_, bool kOverlapLaunch_>
 struct FusedConfig {
   using T = T_;
   static constexpr Format kFormat = kFormat_;
   static constexpr Epilogue kEpilogue = kEpilogue_;  // of the first product
   static constexpr int kWarps = kWarps_;
   static constexpr int kMaxDepth = kMaxDepth_;
+  static constexpr int kAtFirst = kAtFirst_;  // slots that a warp fills before it multiplies
   static constexpr bool kOverlapLaunch = kOverlapLaunch_;
 
   static constexpr bool kGated = is_gated(kEpilogue);
@@ -77,7 +78,7 @@ template <class C>
 struct FusedLayout {
   int pairs, row_bytes;
   int sums_bytes;  // of one of two buffers
-  int sums, x, full, shares, local, experts, row, weight, scale, bytes;
+  int sums, x, full, shares, local, pair_weight, experts, row, weight, scale, bytes;
 
   __host__ __device__ constexpr FusedLayout(int tokens, int top_k, int hidden, int depth)
       : pairs(tokens * top_k),
@@ -89,7 +90,8 @@ struct FusedLayout {
         full(x + tokens * row_bytes),
         shares(full + C::kWarps * depth * 8),
         local(shares + C::kWarps * 2 * static_cast<int>(sizeof(Share))),
-        experts(local + pairs * 4),
+        pair_weight(local + pairs * 4),
+        experts(pair_weight + pairs * 4),
         row(experts + (pairs + 1) * 4),
         weight(row + pairs * tokens * 4),
         scale(weight + pairs * tokens * 4),
@@ -190,39 +192,38 @@ class Stream {
     slots_ = cuda::smem_address(memory) + warp * depth * C::kSlotBytes;
     full_ = full + warp * depth;
     skip();
-    for (int slot = 0; slot < depth; ++slot) issue(slot);
+    for (int i = 0; i < min(C::kAtFirst, depth); ++i) issue();
   }
 
-  // Reads the quarters of the item that `walk` is at, as soon as they are there. A slot that has
-  // been read is filled again.
-  __device__ __forceinline__ void take(const Walk& walk,
-                                       PackedBlock<typename C::T, C::kFormat> (&to)[4]) {
-    const int lane = threadIdx.x % 32;
+  // Where the quarters of the item that `walk` is at lie, once they are there.
+  __device__ __forceinline__ uint32_t wait(const Walk& walk) {
     if (left_ == 0) {
       left_ = walk.piece();
       offset_ = slots_ + slot_ * C::kSlotBytes;
       cuda::barrier_wait(&full_[slot_], phase_);
     }
-    const uint32_t elements = offset_ + lane * 16;
-    const uint32_t scales =
-        offset_ + walk.count * C::kQuarterElements + lane / 4 * 2 * scales_per_row(C::kFormat);
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      if (q < walk.count) {
-        to[q].load(elements + q * C::kQuarterElements, scales + q * C::kQuarterScales);
-      }
-    }
-    offset_ += walk.count * C::kQuarterBytes;
+    return offset_;
+  }
+  // The item has been read. After the last one of a slot, that is filled again.
+  __device__ __forceinline__ void release(int quarters) {
+    offset_ += quarters * C::kQuarterBytes;
     if (--left_ > 0) return;
     __syncwarp();
-    issue(slot_);
+    --filled_;
     if (++slot_ == depth_) slot_ = 0, phase_ ^= 1;
+    // Two for one until the ring is full. All slots at once would wait for memory in this warp,
+    // which could multiply meanwhile: the copy engine's queue is short.
+    issue();
+    if (filled_ < depth_) issue();
   }
 
  private:
-  // Of each item first the elements of its quarters, then their scales.
-  __device__ __forceinline__ void issue(int slot) {
+  // Fills one more slot. Of each item first the elements of its quarters, then their scales.
+  __device__ __forceinline__ void issue() {
     if (walk_.done()) return;
+    const int slot = fill_;
+    if (++fill_ == depth_) fill_ = 0;
+    ++filled_;
     const int lane = threadIdx.x % 32;
     const Share& share = *walk_.share;
     const int strip = walk_.quarter >> 2, part = walk_.quarter & 3;
@@ -260,14 +261,16 @@ class Stream {
   uint32_t slots_;
   uint64_t* full_;
   int depth_;
-  int slot_ = 0, phase_ = 0;
-  int left_ = 0;         // items of the piece that is being read
-  uint32_t offset_ = 0;  // where the next one lies
+  int fill_ = 0, filled_ = 0;  // the next slot to fill; how many are
+  int slot_ = 0, phase_ = 0;   // the next one to read
+  int left_ = 0;               // items of the piece that is being read
+  uint32_t offset_ = 0;        // where the next one lies
 };
 
 // One warp: the distinct experts of this shard, in the order of their first pairs; `local` gets
-// every pair's expert, or -1. Returns how many.
-__device__ __forceinline__ int find_experts(const FusedArgs& args, int* local, int* experts) {
+// every pair's expert, or -1, and `weight` its weight. Returns how many.
+__device__ __forceinline__ int find_experts(const FusedArgs& args, int* local, float* weight,
+                                            int* experts) {
   const int lane = threadIdx.x % 32;
   const int pairs = args.tokens * args.top_k;
   const int offset = *args.expert_offset;
@@ -278,6 +281,7 @@ __device__ __forceinline__ int find_experts(const FusedArgs& args, int* local, i
     if (pair < pairs) {
       // Ids near the ends of int32 must not wrap around into the range.
       const int64_t e = int64_t{args.expert_ids[pair]} - offset;
+      weight[pair] = args.weights[pair];
       if (e >= 0 && e < args.up.experts) expert = static_cast<int>(e);
       local[pair] = expert;
     }
@@ -312,14 +316,16 @@ struct Chosen {
   const int* experts;
   const int* row;       // [experts, tokens]: of the scratch, or -1 where the token has not chosen
   const float* weight;  // [experts, tokens]
-  const float* scale;   // [experts]: of the second matrix
+  float* scale;         // [experts]: of the second matrix
 };
 
-// All threads, before a __syncthreads.
+// All threads; the __syncthreads that adds up a segment, or the grid's barrier, comes before any
+// use.
 template <class C>
 __device__ __forceinline__ void fill_tables(const FusedArgs& args, const FusedLayout<C>& at,
                                             uint8_t* memory, int count) {
   const auto* local = reinterpret_cast<const int*>(memory + at.local);
+  const auto* weights = reinterpret_cast<const float*>(memory + at.pair_weight);
   const auto* experts = reinterpret_cast<const int*>(memory + at.experts);
   for (int i = threadIdx.x; i < count * args.tokens; i += C::kThreads) {
     const int expert = experts[i / args.tokens], token = i % args.tokens;
@@ -328,28 +334,31 @@ __device__ __forceinline__ void fill_tables(const FusedArgs& args, const FusedLa
     for (int pair = token * args.top_k; pair < (token + 1) * args.top_k; ++pair) {
       if (local[pair] != expert) continue;
       if (row < 0) row = pair;  // a token may choose an expert more than once
-      weight += args.weights[pair];
+      weight += weights[pair];
     }
     reinterpret_cast<int*>(memory + at.row)[i] = row;
     reinterpret_cast<float*>(memory + at.weight)[i] = weight;
   }
-  for (int i = threadIdx.x; i < count; i += C::kThreads) {
-    reinterpret_cast<float*>(memory + at.scale)[i] = args.down.global_scale[experts[i]];
-  }
 }
 
-// sum += (the piece's quarters) * (the lane's elements of the tokens).
-template <class T, Format kFormat>
-__device__ __forceinline__ void multiply(const PackedBlock<T, kFormat> (&packed)[4], int count,
-                                         const uint32_t (&b)[8], float (&sum)[4][4]) {
+// sum += (an item's quarters, which lie at `item`) * (the lane's elements of the tokens).
+template <class C>
+__device__ __forceinline__ void multiply(uint32_t item, int count, const uint32_t (&b)[8],
+                                         float (&sum)[4][4]) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t elements = item + lane * 16;
+  const uint32_t scales =
+      item + count * C::kQuarterElements + lane / 4 * 2 * scales_per_row(C::kFormat);
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     if (q >= count) break;
+    PackedBlock<typename C::T, C::kFormat> packed;
+    packed.load(elements + q * C::kQuarterElements, scales + q * C::kQuarterScales);
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       uint32_t a[4];
-      packed[q].fragment(step, a);
-      cuda::mma_16x8x16<T>(sum[q], a, b[2 * step], b[2 * step + 1]);
+      packed.fragment(step, a);
+      cuda::mma_16x8x16<typename C::T>(sum[q], a, b[2 * step], b[2 * step + 1]);
     }
   }
 }
@@ -415,9 +424,8 @@ __device__ __forceinline__ void first_product(const FusedArgs& args, const Fused
       const uint4 low = cuda::load_shared_16(tokens + walk.block * 128);
       const uint4 high = cuda::load_shared_16(tokens + walk.block * 128 + 64);
       const uint32_t b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      PackedBlock<T, C::kFormat> packed[4];
-      stream.take(walk, packed);
-      multiply(packed, walk.count, b, sum);
+      multiply<C>(stream.wait(walk), walk.count, b, sum);
+      stream.release(walk.count);
     }
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
@@ -493,6 +501,62 @@ class Hidden {
   const uint4* from_ = nullptr;
 };
 
+// The same for one token, which is every column: lane 4g + c reads for item g of a batch of eight,
+// so that a warp's items are on their way together, and hands over to the lanes of column c.
+class HiddenOfOne {
+ public:
+  // `walk`: at the first item of a segment.
+  __device__ HiddenOfOne(const FusedArgs& args, const Chosen& chosen, const Walk& walk)
+      : args_(args), chosen_(chosen), blocks_(walk.share->blocks), items_(walk.items) {
+    const int g = threadIdx.x % 32 / 4;
+    which_ = walk.chosen;
+    block_ = walk.block;
+    left_ = items_ - g;
+    forward(g);
+    load();
+  }
+  __device__ __forceinline__ void next(uint32_t (&b)[8]) {
+    if (at_ == 8) {
+      at_ = 0;
+      left_ -= 8;
+      forward(8);
+      load();
+    }
+    const int from = at_++ * 4 + threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) b[i] = __shfl_sync(~0u, mine_[i], from);
+  }
+
+ private:
+  __device__ __forceinline__ void forward(int items) {
+    block_ += items;
+    while (block_ >= blocks_) block_ -= blocks_, ++which_;
+  }
+  __device__ __forceinline__ void load() {
+    uint4 low = make_uint4(0, 0, 0, 0), high = low;
+    if (left_ > 0) {
+      const int row = chosen_.row[which_];
+      const auto* from = static_cast<const uint4*>(args_.down.x) +
+                         (int64_t{row} * blocks_ + block_) * (kBlockK / 8) + threadIdx.x % 4;
+      low = __ldcg(from);
+      high = __ldcg(from + 4);
+    }
+    // Past the end of K nobody has written.
+    const int rest = args_.down.k - block_ * kBlockK;
+    if (rest <= 48) high.z = high.w = 0;
+    if (rest <= 32) high.x = high.y = 0;
+    if (rest <= 16) low.z = low.w = 0;
+    mine_[0] = low.x, mine_[1] = low.y, mine_[2] = low.z, mine_[3] = low.w;
+    mine_[4] = high.x, mine_[5] = high.y, mine_[6] = high.z, mine_[7] = high.w;
+  }
+
+  const FusedArgs& args_;
+  const Chosen& chosen_;
+  const int blocks_;
+  int items_, which_, block_, left_, at_ = 0;
+  uint32_t mine_[8];
+};
+
 // The lane's share of the biases of a segment's rows, weighted and summed over the experts.
 __device__ __forceinline__ float4 sum_biases(const FusedArgs& args, const Chosen& chosen, int count,
                                              int first_row) {
@@ -515,6 +579,35 @@ __device__ __forceinline__ float4 sum_biases(const FusedArgs& args, const Chosen
   return make_float4(sum[0], sum[1], sum[2], sum[3]);
 }
 
+// Adds a warp's sums for one expert, weighted, to its totals, and starts anew.
+template <class C>
+__device__ __forceinline__ void add_expert(const FusedArgs& args, const Chosen& chosen, int which,
+                                           int count, float (&sum)[4][4],
+                                           const Reduction<C>& reduction) {
+  constexpr float kFactor = kUnscale<typename C::T, C::kFormat>;
+  const float scale = chosen.scale[which];
+  float weight[2] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int token = static_cast<int>(threadIdx.x) % 4 * 2 + i;
+    if (token >= args.tokens) continue;
+    const int at = which * args.tokens + token;
+    if (chosen.row[at] >= 0) weight[i] = args.weight_on_input ? 1.0f : chosen.weight[at];
+  }
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    if (q < count && reduction.live()) {
+      float4& total = reduction.at(threadIdx.x / 32, q);
+      total.x += weight[0] * (sum[q][0] * kFactor * scale);
+      total.y += weight[1] * (sum[q][1] * kFactor * scale);
+      total.z += weight[0] * (sum[q][2] * kFactor * scale);
+      total.w += weight[1] * (sum[q][3] * kFactor * scale);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[q][i] = 0.0f;
+  }
+}
+
 // The second product and the weighted sum over the experts, to `out`.
 template <class C>
 __device__ __forceinline__ void second_product(const FusedArgs& args, const Chosen& chosen,
@@ -526,9 +619,12 @@ __device__ __forceinline__ void second_product(const FusedArgs& args, const Chos
   const auto grid = cg::this_grid();
   auto arrived = grid.barrier_arrive();
   Walk walk(share);
-  Hidden hidden(args, chosen);
   const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  float4 bias = zero;  // read while the grid waits
+  // What follows is read while the grid waits.
+  for (int i = threadIdx.x; i < count; i += C::kThreads) {
+    chosen.scale[i] = args.down.global_scale[chosen.experts[i]];
+  }
+  float4 bias = zero;
   if (warp < walk.count) bias = sum_biases(args, chosen, count, (walk.quarter + warp) * 16);
   grid.barrier_wait(std::move(arrived));
 
@@ -538,50 +634,43 @@ __device__ __forceinline__ void second_product(const FusedArgs& args, const Chos
     for (int q = 0; q < 4; ++q) {
       if (q < walk.count && reduction.live()) reduction.at(warp, q) = q == warp ? bias : zero;
     }
-    uint32_t b[2][8];
-    if (walk.items > 0) {
-      hidden.enter(walk.chosen, walk.block);
-      hidden.load(walk.block, b[0]);
-    }
-    while (walk.items > 0) {
-#pragma unroll
-      for (int turn = 0; turn < 2; ++turn) {
+    if (args.tokens == 1) {
+      HiddenOfOne hidden(args, chosen, walk);
+      uint32_t b[8];
+      while (walk.items > 0) {
+        hidden.next(b);
+        multiply<C>(stream.wait(walk), walk.count, b, sum);
+        stream.release(walk.count);
         const int which = walk.chosen;
-        Walk next = walk;
-        next.next_items(1);
-        const bool last = next.items == 0, over = last || next.chosen != which;
-        if (!last) {  // a piece ahead, for it comes from L2 memory
-          if (over) hidden.enter(next.chosen, 0);
-          hidden.load(next.block, b[turn ^ 1]);
+        walk.next_items(1);
+        if (walk.items == 0 || walk.chosen != which) {
+          add_expert(args, chosen, which, walk.count, sum, reduction);
         }
-        PackedBlock<T, C::kFormat> packed[4];
-        stream.take(walk, packed);
-        walk = next;
-        multiply(packed, walk.count, b[turn], sum);
-        if (over) {  // the warp's sum for this expert
-          const float scale = chosen.scale[which];
-          float weight[2] = {};
+      }
+    } else {
+      Hidden hidden(args, chosen);
+      uint32_t b[2][8];
+      if (walk.items > 0) {
+        hidden.enter(walk.chosen, walk.block);
+        hidden.load(walk.block, b[0]);
+      }
+      while (walk.items > 0) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (2 * c + i >= args.tokens) continue;
-            const int at = which * args.tokens + 2 * c + i;
-            if (chosen.row[at] >= 0) weight[i] = args.weight_on_input ? 1.0f : chosen.weight[at];
+        for (int turn = 0; turn < 2; ++turn) {
+          const int which = walk.chosen;
+          Walk next = walk;
+          next.next_items(1);
+          const bool last = next.items == 0, over = last || next.chosen != which;
+          if (!last) {  // an item ahead, for it comes from L2 memory
+            if (over) hidden.enter(next.chosen, 0);
+            hidden.load(next.block, b[turn ^ 1]);
           }
-#pragma unroll
-          for (int q = 0; q < 4; ++q) {
-            if (q < walk.count && reduction.live()) {
-              float4& total = reduction.at(warp, q);
-              constexpr float kFactor = kUnscale<T, C::kFormat>;
-              total.x += weight[0] * (sum[q][0] * kFactor * scale);
-              total.y += weight[1] * (sum[q][1] * kFactor * scale);
-              total.z += weight[0] * (sum[q][2] * kFactor * scale);
-              total.w += weight[1] * (sum[q][3] * kFactor * scale);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sum[q][i] = 0.0f;
-          }
+          multiply<C>(stream.wait(walk), walk.count, b[turn], sum);
+          stream.release(walk.count);
+          walk = next;
+          if (over) add_expert(args, chosen, which, walk.count, sum, reduction);
+          if (last) break;
         }
-        if (last) break;
       }
     }
     float y[4];
@@ -616,7 +705,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   cuda::grid_launch_dependents();
   cuda::grid_wait();
   if (threadIdx.x < 32) {
-    const int found = find_experts(args, reinterpret_cast<int*>(memory + at.local), experts);
+    const int found = find_experts(args, reinterpret_cast<int*>(memory + at.local),
+                                   reinterpret_cast<float*>(memory + at.pair_weight), experts);
     if (threadIdx.x == 0) experts[at.pairs] = found;
   } else {
     stage_tokens(args, at, memory, 32);
@@ -630,11 +720,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   __syncwarp();
   Stream<C> stream(shares, experts, memory, full, depth);
   fill_tables(args, at, memory, count);
-  __syncthreads();
-
   const Chosen chosen = {experts, reinterpret_cast<const int*>(memory + at.row),
                          reinterpret_cast<const float*>(memory + at.weight),
-                         reinterpret_cast<const float*>(memory + at.scale)};
+                         reinterpret_cast<float*>(memory + at.scale)};
   Reduction<C> reduction(reinterpret_cast<float4*>(memory + at.sums), at.sums_bytes, args.tokens);
   first_product(args, at, memory, chosen, shares, stream, reduction);
   second_product(args, chosen, count, shares + 1, stream, reduction);
