@@ -341,19 +341,25 @@ __device__ __forceinline__ void fill_tables(const FusedArgs& args, const FusedLa
   }
 }
 
+// Quarter q of the `count` that lie at `item`: first all elements, then all scales.
+template <class C>
+__device__ __forceinline__ void load_quarter(PackedBlock<typename C::T, C::kFormat>& packed,
+                                             uint32_t item, int count, int q) {
+  const int lane = threadIdx.x % 32;
+  packed.load(item + q * C::kQuarterElements + lane * 16,
+              item + count * C::kQuarterElements + q * C::kQuarterScales +
+                  lane / 4 * 2 * scales_per_row(C::kFormat));
+}
+
 // sum += (an item's quarters, which lie at `item`) * (the lane's elements of the tokens).
 template <class C>
 __device__ __forceinline__ void multiply(uint32_t item, int count, const uint32_t (&b)[8],
                                          float (&sum)[4][4]) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t elements = item + lane * 16;
-  const uint32_t scales =
-      item + count * C::kQuarterElements + lane / 4 * 2 * scales_per_row(C::kFormat);
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     if (q >= count) break;
     PackedBlock<typename C::T, C::kFormat> packed;
-    packed.load(elements + q * C::kQuarterElements, scales + q * C::kQuarterScales);
+    load_quarter<C>(packed, item, count, q);
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       uint32_t a[4];
@@ -505,20 +511,36 @@ class Hidden {
 // so that a warp's items are on their way together, and hands over to the lanes of column c.
 class HiddenOfOne {
  public:
-  // `walk`: at the first item of a segment.
+  // Sets out from the first item of a segment, where `walk` is; reads nothing of h yet.
   __device__ HiddenOfOne(const FusedArgs& args, const Chosen& chosen, const Walk& walk)
-      : args_(args), chosen_(chosen), blocks_(walk.share->blocks), items_(walk.items) {
-    const int g = threadIdx.x % 32 / 4;
-    which_ = walk.chosen;
-    block_ = walk.block;
-    left_ = items_ - g;
-    forward(g);
-    load();
+      : row_of_(chosen.row),
+        from_(static_cast<const uint4*>(args.down.x) + threadIdx.x % 4),
+        k_(args.down.k),
+        blocks_(walk.share->blocks),
+        left_(walk.items),
+        which_(walk.chosen),
+        block_(walk.block) {
+    forward(threadIdx.x % 32 / 4);
+  }
+  // The batch from here on: to be called first, and by `next`.
+  __device__ __forceinline__ void load() {
+    uint4 low = make_uint4(0, 0, 0, 0), high = low;
+    if (left_ > 0) {
+      const uint4* from = from_ + (int64_t{row_of_[which_]} * blocks_ + block_) * (kBlockK / 8);
+      low = __ldcg(from);
+      high = __ldcg(from + 4);
+    }
+    // Past the end of K nobody has written.
+    const int rest = k_ - block_ * kBlockK;
+    if (rest <= 48) high.z = high.w = 0;
+    if (rest <= 32) high.x = high.y = 0;
+    if (rest <= 16) low.z = low.w = 0;
+    mine_[0] = low.x, mine_[1] = low.y, mine_[2] = low.z, mine_[3] = low.w;
+    mine_[4] = high.x, mine_[5] = high.y, mine_[6] = high.z, mine_[7] = high.w;
+    at_ = 0;
   }
   __device__ __forceinline__ void next(uint32_t (&b)[8]) {
     if (at_ == 8) {
-      at_ = 0;
-      left_ -= 8;
       forward(8);
       load();
     }
@@ -529,31 +551,14 @@ class HiddenOfOne {
 
  private:
   __device__ __forceinline__ void forward(int items) {
+    left_ -= items;
     block_ += items;
     while (block_ >= blocks_) block_ -= blocks_, ++which_;
   }
-  __device__ __forceinline__ void load() {
-    uint4 low = make_uint4(0, 0, 0, 0), high = low;
-    if (left_ > 0) {
-      const int row = chosen_.row[which_];
-      const auto* from = static_cast<const uint4*>(args_.down.x) +
-                         (int64_t{row} * blocks_ + block_) * (kBlockK / 8) + threadIdx.x % 4;
-      low = __ldcg(from);
-      high = __ldcg(from + 4);
-    }
-    // Past the end of K nobody has written.
-    const int rest = args_.down.k - block_ * kBlockK;
-    if (rest <= 48) high.z = high.w = 0;
-    if (rest <= 32) high.x = high.y = 0;
-    if (rest <= 16) low.z = low.w = 0;
-    mine_[0] = low.x, mine_[1] = low.y, mine_[2] = low.z, mine_[3] = low.w;
-    mine_[4] = high.x, mine_[5] = high.y, mine_[6] = high.z, mine_[7] = high.w;
-  }
 
-  const FusedArgs& args_;
-  const Chosen& chosen_;
-  const int blocks_;
-  int items_, which_, block_, left_, at_ = 0;
+  const int* row_of_;
+  const uint4* from_;
+  int k_, blocks_, left_, which_, block_, at_;
   uint32_t mine_[8];
 };
 
@@ -608,8 +613,23 @@ __device__ __forceinline__ void add_expert(const FusedArgs& args, const Chosen& 
   }
 }
 
-// The second product and the weighted sum over the experts, to `out`.
+// A warp's totals of a segment before its first item.
 template <class C>
+__device__ __forceinline__ void start_segment(const FusedArgs& args, const Chosen& chosen,
+                                              int count, const Walk& walk,
+                                              const Reduction<C>& reduction) {
+  const int warp = threadIdx.x / 32;
+  const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  float4 bias = zero;
+  if (warp < walk.count) bias = sum_biases(args, chosen, count, (walk.quarter + warp) * 16);
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    if (q < walk.count && reduction.live()) reduction.at(warp, q) = q == warp ? bias : zero;
+  }
+}
+
+// The second product and the weighted sum over the experts, to `out`. kOne: there is one token.
+template <class C, bool kOne>
 __device__ __forceinline__ void second_product(const FusedArgs& args, const Chosen& chosen,
                                                int count, const Share* share, Stream<C>& stream,
                                                Reduction<C>& reduction) {
@@ -618,34 +638,61 @@ __device__ __forceinline__ void second_product(const FusedArgs& args, const Chos
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
   const auto grid = cg::this_grid();
   auto arrived = grid.barrier_arrive();
+  // From here to the wait: what depends on the first product of no block.
   Walk walk(share);
-  const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  // What follows is read while the grid waits.
   for (int i = threadIdx.x; i < count; i += C::kThreads) {
     chosen.scale[i] = args.down.global_scale[chosen.experts[i]];
   }
-  float4 bias = zero;
-  if (warp < walk.count) bias = sum_biases(args, chosen, count, (walk.quarter + warp) * 16);
+  start_segment(args, chosen, count, walk, reduction);
+  HiddenOfOne one(args, chosen, walk);
+  // With a single token, the weights of a few items.
+  constexpr int kEarly = 1;
+  uint32_t early[kEarly][4][4];
+  int num_early = 0;
+  if (kOne && walk.count == 1) {
+    Walk ahead = walk;
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i) {
+      if (ahead.items == 0) break;
+      PackedBlock<T, C::kFormat> packed;
+      load_quarter<C>(packed, stream.wait(ahead), 1, 0);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) packed.fragment(step, early[i][step]);
+      stream.release(1);
+      ahead.next_items(1);
+      ++num_early;
+    }
+  }
   grid.barrier_wait(std::move(arrived));
 
   while (!walk.done()) {
     float sum[4][4] = {};
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      if (q < walk.count && reduction.live()) reduction.at(warp, q) = q == warp ? bias : zero;
-    }
-    if (args.tokens == 1) {
-      HiddenOfOne hidden(args, chosen, walk);
+    if constexpr (kOne) {
       uint32_t b[8];
-      while (walk.items > 0) {
-        hidden.next(b);
-        multiply<C>(stream.wait(walk), walk.count, b, sum);
-        stream.release(walk.count);
+      const auto next_item = [&] {
         const int which = walk.chosen;
         walk.next_items(1);
         if (walk.items == 0 || walk.chosen != which) {
           add_expert(args, chosen, which, walk.count, sum, reduction);
         }
+      };
+      one.load();
+#pragma unroll
+      for (int i = 0; i < kEarly; ++i) {
+        if (i >= num_early) break;
+        one.next(b);
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          cuda::mma_16x8x16<T>(sum[0], early[i][step], b[2 * step], b[2 * step + 1]);
+        }
+        next_item();
+      }
+      num_early = 0;
+      while (walk.items > 0) {
+        one.next(b);
+        multiply<C>(stream.wait(walk), walk.count, b, sum);
+        stream.release(walk.count);
+        next_item();
       }
     } else {
       Hidden hidden(args, chosen);
@@ -687,7 +734,8 @@ __device__ __forceinline__ void second_product(const FusedArgs& args, const Chos
       }
     }
     walk.next_segment();
-    if (warp < walk.count) bias = sum_biases(args, chosen, count, (walk.quarter + warp) * 16);
+    start_segment(args, chosen, count, walk, reduction);
+    if constexpr (kOne) one = HiddenOfOne(args, chosen, walk);
   }
 }
 
@@ -725,7 +773,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                          reinterpret_cast<float*>(memory + at.scale)};
   Reduction<C> reduction(reinterpret_cast<float4*>(memory + at.sums), at.sums_bytes, args.tokens);
   first_product(args, at, memory, chosen, shares, stream, reduction);
-  second_product(args, chosen, count, shares + 1, stream, reduction);
+  if (args.tokens == 1) {
+    second_product<C, true>(args, chosen, count, shares + 1, stream, reduction);
+  } else {
+    second_product<C, false>(args, chosen, count, shares + 1, stream, reduction);
+  }
 }
 
 struct FusedRun {
