@@ -23,8 +23,9 @@ def bench(
     implementations: Sequence[str],
     dtype: str,
     compute: str,
+    modes: Sequence[str] | None,
     seconds: float,
-    memory: float,
+    memory: float | None,
     path: Path | None,
 ) -> None:
     """Measures and prints one table for each layer and format; adds rows to `path`."""
@@ -51,6 +52,10 @@ def bench(
                 num_experts=1,
                 top_k=1,
             )
+    with argument("--mode"):
+        for name in modes or ():
+            if name not in benchmark.MODES:
+                raise ValueError(f"mode must be {' or '.join(benchmark.MODES)}, got {name!r}")
     if path is not None:
         with argument("--json"):
             benchmark.read_rows(path)
@@ -60,9 +65,13 @@ def bench(
     say(
         results,
         f"{machine.device}: reads {machine.bandwidth / 1e9:.1f} GB/s, multiplies "
-        f"{machine.peak / 1e12:.3f} TFLOP/s",
+        f"{machine.peak / 1e12:.3f} TFLOP/s"
+        + (f", {machine.peak_fp8 / 1e12:.3f} in float8" if machine.peak_fp8 else ""),
         "bold",
     )
+    on_cpu = machine.platform == "cpu"
+    modes = modes or (("dispatch",) if on_cpu else benchmark.MODES)
+    memory = memory or (6.0 if on_cpu else 40.0)
     for layer in specs:
         for weight_format in formats:
             done: list[Measurement | Skipped] = []
@@ -76,6 +85,7 @@ def bench(
                         implementations=implementations,
                         dtype=dtype,
                         compute=compute,
+                        modes=modes,
                         budget=seconds,
                         memory_limit=int(memory * _GIB),
                     ):
@@ -108,7 +118,7 @@ def results_table(
     """The measurements, with ratios to the floor and to the baseline of the same run."""
     numbers = ("T", "µs", "GB/s", "TFLOP/s", "× floor", "faster than ragged_dot", "error")
     made = table(
-        "T", "implementation", "compute", *numbers[1:],
+        "T", "implementation", "compute", "mode", *numbers[1:],
         title=f"{layer.name} (H={layer.hidden_size} I={layer.intermediate_size} "
         f"E={layer.num_experts} k={layer.top_k}), {weight_format}, {dtype} activations",
         right=numbers,
@@ -125,6 +135,7 @@ def results_table(
             str(r.tokens),
             r.implementation,
             r.compute,
+            r.mode,
             f"{r.seconds * 1e6:,.0f}",
             f"{r.gbps:.3g}",
             f"{r.tflops:.3g}",
