@@ -11,6 +11,7 @@ from jaxmoe.benchmark.layers import LAYERS as LAYERS
 from jaxmoe.benchmark.layers import TINY as TINY
 from jaxmoe.benchmark.layers import TOKENS as TOKENS
 from jaxmoe.benchmark.layers import Layer as Layer
+from jaxmoe.benchmark.layers import expected_experts as expected_experts
 from jaxmoe.benchmark.layers import get_layer as get_layer
 from jaxmoe.benchmark.machine import Machine as Machine
 from jaxmoe.benchmark.machine import measure_machine as measure_machine

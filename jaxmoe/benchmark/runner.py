@@ -15,7 +15,7 @@ import numpy as np
 from jaxmoe import kernels
 from jaxmoe.benchmark.baseline import ragged_dot_mlp
 from jaxmoe.benchmark.data import random_experts, random_tokens, relative_error
-from jaxmoe.benchmark.layers import Layer
+from jaxmoe.benchmark.layers import Layer, expected_experts
 from jaxmoe.benchmark.machine import Machine
 from jaxmoe.benchmark.timing import Call, measure
 from jaxmoe.capability import Problem, Resolution, UnsupportedError
@@ -245,7 +245,7 @@ def _weights(
             f"set of weights in each layout ({', '.join(layouts)}), and {memory_limit / _GIB:.1f} "
             "GiB are allowed: raise the limit, or measure fewer implementations at once"
         )
-    touched = layer.expert_bytes(weight_format) * _expected_experts(layer, tokens)
+    touched = layer.expert_bytes(weight_format) * expected_experts(layer, tokens)
     wanted = math.ceil(2 * machine.cache_bytes / touched)
     sets = max(1, min(wanted, _MOST_SETS, int(left / (native * one)))) if native else 1
     return {
@@ -255,11 +255,6 @@ def _weights(
         ]
         for layout in layouts
     }
-
-
-def _expected_experts(layer: Layer, tokens: int) -> float:
-    """Mean number of distinct experts among T tokens with k distinct choices each."""
-    return layer.num_experts * (1 - (1 - layer.top_k / layer.num_experts) ** tokens)
 
 
 def _function(plan: _Plan, compute: str) -> Callable[..., jax.Array]:
