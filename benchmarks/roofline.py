@@ -94,7 +94,7 @@ def draw(rows: Sequence[Mapping[str, Any]], peers: Sequence[Mapping[str, Any]], 
         corner = peak / bandwidth
         x = [left, corner, max(2 * corner, right)]
         axes.plot(x, [min(peak, bandwidth * at) for at in x], color="black", linewidth=1)
-        axes.annotate(f"{compute}: {bandwidth:.3g} TB/s, {peak:.3g} TFLOP/s", (corner, peak),
+        axes.annotate(f"{compute}: {bandwidth:.2f} TB/s, {peak:.0f} TFLOP/s", (corner, peak),
                       xytext=(0, 4), textcoords="offset points", fontsize=8)  # fmt: skip
     axes.set(xscale="log", yscale="log", title=rows[-1]["device"], ylabel="TFLOP/s",
              xlabel="FLOPs for each packed byte touched")  # fmt: skip

@@ -23,8 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def device_file() -> Path:
     """`results/<device>.json`."""
-    device = benchmark.measure_machine(megabytes=1, matrix_size=64).device
-    return RESULTS / f"{benchmark.device_slug(device)}.json"
+    return RESULTS / f"{benchmark.device_slug(benchmark.device_name())}.json"
 
 
 def main() -> None:

@@ -138,7 +138,6 @@ def main() -> None:
         sys.exit(
             f"stages are measured on a GPU, and JAX's first device here is a {device.platform}"
         )
-    name = benchmark.device_slug(device.device_kind)
     rows = []
     table = Table(title=f"{device.device_kind}: µs of each kernel", title_justify="left")
     for column in ("layer", "format", "variant", "T", "sum", "kernels"):
@@ -159,7 +158,7 @@ def main() -> None:
                 table.add_row(layer, weight_format, variant, str(t), f"{total:,.1f}", parts)
     Console(width=160).print(table)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    benchmark.append_rows(RESULTS / f"{name}.json", rows)
+    benchmark.append_rows(RESULTS / f"{benchmark.device_slug(device.device_kind)}.json", rows)
 
 
 if __name__ == "__main__":

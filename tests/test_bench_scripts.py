@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jaxmoe import benchmark
+from jaxmoe import benchmark, kernels
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 DEVICE = "NVIDIA H100 80GB HBM3"
@@ -165,3 +165,29 @@ def test_stages_of_unlike_calls_are_refused(script, names):
 def test_stages_need_a_gpu(script, tmp_path):
     with pytest.raises(ValueError, match="saw no GPU"):
         script("stages").traced(str(tmp_path))
+
+
+# --- prepare --------------------------------------------------------------------------------------
+
+
+def test_prepare_is_measured_where_there_is_something_to_prepare(script):
+    prepare = script("prepare")
+    problem = benchmark.layer_problem(benchmark.TINY, "mxfp4", "bfloat16", "auto")
+    if kernels.select(problem).variant == "xla":
+        with pytest.raises(ValueError, match="nothing to prepare"):
+            prepare.measure(benchmark.TINY, "mxfp4")
+        return
+    row = prepare.measure(benchmark.TINY, "mxfp4")
+    assert (row["layer"], row["format"], row["layout"]) == ("tiny", "mxfp4", "panel32")
+    assert 0 < row["second_s"] < row["first_s"]
+    assert row["expert_bytes"] == benchmark.TINY.expert_bytes("mxfp4")
+    assert row["temporary_experts"] > 0
+    assert row["peak_experts"] is None  # a CPU does not say
+
+
+def test_prepare_of_canonical_weights_is_refused(script, monkeypatch):
+    prepare = script("prepare")
+    select = kernels.select
+    monkeypatch.setattr(prepare.kernels, "select", lambda problem: select(problem, "xla"))
+    with pytest.raises(ValueError, match="xla is selected here.*nothing to prepare"):
+        prepare.measure(benchmark.TINY, "nvfp4")

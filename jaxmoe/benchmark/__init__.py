@@ -14,6 +14,7 @@ from jaxmoe.benchmark.layers import Layer as Layer
 from jaxmoe.benchmark.layers import expected_experts as expected_experts
 from jaxmoe.benchmark.layers import get_layer as get_layer
 from jaxmoe.benchmark.machine import Machine as Machine
+from jaxmoe.benchmark.machine import device_name as device_name
 from jaxmoe.benchmark.machine import measure_machine as measure_machine
 from jaxmoe.benchmark.records import append_rows as append_rows
 from jaxmoe.benchmark.records import device_slug as device_slug

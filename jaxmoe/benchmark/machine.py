@@ -51,6 +51,16 @@ class Machine:
         return max(weight_bytes / self.bandwidth, flops / self.peak_of(compute))
 
 
+def device_name() -> str:
+    """Name of the default device, with the number of usable cores for a CPU.
+
+    >>> bool(device_name())
+    True
+    """
+    device = jax.local_devices()[0]
+    return _cpu_name() if device.platform == "cpu" else device.device_kind
+
+
 def measure_machine(*, megabytes: int = 256, matrix_size: int | None = None) -> Machine:
     """Measures the default device; takes a few seconds.
 
@@ -74,7 +84,7 @@ def measure_machine(*, megabytes: int = 256, matrix_size: int | None = None) -> 
     launches = 1 if on_cpu else _LAUNCHES
     dtypes = (jnp.float32, jnp.bfloat16) if on_cpu else (jnp.bfloat16,)
     return Machine(
-        device=_cpu_name() if on_cpu else device.device_kind,
+        device=device_name(),
         platform=device.platform,
         bandwidth=read(megabytes * 2**20),
         peak=max(_matmul_rate(size, dtype, launches) for dtype in dtypes),

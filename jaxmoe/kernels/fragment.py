@@ -225,8 +225,8 @@ def pack(w: QuantizedTensor, gated: bool) -> PreparedMatrix:
 
         rows = STRIP // 2 if gated else STRIP
         where = (expert, first * rows, count * rows, gated)
-        cut = cut_rows(elements, *where, encode=lambda bits: bits)
-        return _pack_rows(cut, cut_rows(scale, *where, encode=encode), gated)
+        cut = cut_rows(elements, *where), cut_rows(scale, *where, encode)
+        return _pack_rows(*cut, gated)
 
     data = pack_in_parts(strips, e, num_strips(n, gated))
     return PreparedMatrix(

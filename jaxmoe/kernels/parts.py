@@ -60,7 +60,7 @@ def cut_rows(
     first: jax.Array,
     count: int,
     gated: bool,
-    encode: Callable[[jax.Array], jax.Array],
+    encode: Callable[[jax.Array], jax.Array] = lambda bits: bits,
 ) -> jax.Array:
     """The bits of `count` rows of one expert, encoded, with zeros where the matrix has ended.
 
