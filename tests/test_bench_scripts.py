@@ -189,5 +189,5 @@ def test_prepare_of_canonical_weights_is_refused(script, monkeypatch):
     prepare = script("prepare")
     select = kernels.select
     monkeypatch.setattr(prepare.kernels, "select", lambda problem: select(problem, "xla"))
-    with pytest.raises(ValueError, match="xla is selected here.*nothing to prepare"):
+    with pytest.raises(ValueError, match=r"xla is selected here.*nothing to prepare"):
         prepare.measure(benchmark.TINY, "nvfp4")

@@ -200,9 +200,14 @@ def distance(y: Any, expected: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(expected))
 
 
+def sample_rows(tokens: int, sample: int = 4) -> np.ndarray:
+    """At most `sample` of the tokens, spread evenly, with the first and the last."""
+    return np.unique(np.linspace(0, tokens - 1, sample).astype(int))
+
+
 def relative_error(
     y: jax.Array, experts: ExpertWeights, tokens: tuple[jax.Array, ...], *, sample: int = 4
 ) -> float:
     """Relative L2 distance of `y[T, H]` from `reference`, on `sample` tokens spread evenly."""
-    rows = np.unique(np.linspace(0, len(y) - 1, sample).astype(int))
-    return distance(np.asarray(y)[rows], reference(experts, tokens, rows))
+    rows = sample_rows(len(y), sample)
+    return distance(y[rows], reference(experts, tokens, rows))

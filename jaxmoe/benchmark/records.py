@@ -40,7 +40,7 @@ def origin(device: str) -> dict[str, Any]:
         "commit": commit(),
         "device": device,
         "jax": jax.__version__,
-        "backend": jax.local_devices()[0].client.platform_version.splitlines()[0],
+        "backend": " ".join(jax.local_devices()[0].client.platform_version.split()),
     }
 
 

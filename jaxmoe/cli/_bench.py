@@ -136,7 +136,7 @@ def results_table(
             r.implementation,
             r.compute,
             r.mode,
-            f"{r.seconds * 1e6:,.0f}",
+            f"{r.seconds * 1e6:,.{1 if r.seconds < 1e-4 else 0}f}",
             f"{r.gbps:.3g}",
             f"{r.tflops:.3g}",
             f"{r.seconds / r.floor:.2f}",
