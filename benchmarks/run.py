@@ -10,7 +10,6 @@ named and left out. Let nothing else run on the machine.
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def device_file() -> Path:
     """`results/<device>.json`."""
-    name = benchmark.measure_machine(megabytes=1, matrix_size=64).device
-    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+    return RESULTS / f"{benchmark.device_slug(benchmark.device_name())}.json"
 
 
 def main() -> None:

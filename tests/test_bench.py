@@ -1,5 +1,6 @@
 """The benchmark's data, its schedule, its reference and its records."""
 
+import itertools
 import json
 import math
 
@@ -11,12 +12,13 @@ import pytest
 
 import jaxmoe
 from jaxmoe import benchmark
-from jaxmoe.benchmark import LAYERS, TINY, TOKENS, Machine, Measurement, Skipped
+from jaxmoe.benchmark import LAYERS, TINY, TOKENS, Machine, Measurement, Skipped, runner
+from jaxmoe.benchmark import machine as machine_module
 from jaxmoe.benchmark.baseline import ragged_dot_mlp
 from jaxmoe.benchmark.data import random_experts, random_tokens, relative_error
 from jaxmoe.benchmark.runner import _weights
 from jaxmoe.benchmark.timing import interleave, measure
-from jaxmoe.kernels import panel
+from jaxmoe.kernels import layouts
 from jaxmoe.quantization import check
 
 MACHINE = Machine("test", "cpu", bandwidth=1e10, peak=1e11, cache_bytes=0)
@@ -65,24 +67,25 @@ def test_unknown_layer_names_the_known_ones():
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize("layout", ["canonical", "panel32"])
+@pytest.mark.parametrize("layout", ["canonical", "panel32", "sm90_fragment"])
 def test_random_experts_are_valid_and_keep_the_scale_of_activations(weight_format, layout):
     experts = random_experts(TINY, weight_format, layout, seed=3)
     assert experts.layout == layout
     everyone = jnp.arange(TINY.num_experts, dtype=jnp.int32)
     for w, shape in ((experts.gate_up, (8, 256, 256)), (experts.down, (8, 256, 128))):
         assert tuple(w.shape) == shape
-        canonical = panel.unpack(w, everyone) if layout == "panel32" else w
+        canonical = w if layout == "canonical" else layouts.unpack(w, everyone)
         check(canonical)
         rms = float(jnp.sqrt(jnp.mean(jaxmoe.dequantize(canonical) ** 2)))
-        # nvfp4 has a global scale to set the size by; mxfp4's block scales are near 1.
-        target = 1 / math.sqrt(shape[2]) if weight_format == "nvfp4" else math.sqrt(68.5 / 8)
+        # There is a global scale to set the size by, or mxfp4's block scales are near 1.
+        unscaled = weight_format == "mxfp4" and layout != "sm90_fragment"
+        target = math.sqrt(68.5 / 8) if unscaled else 1 / math.sqrt(shape[2])
         assert 0.5 < rms / target < 2
 
 
 def test_random_experts_have_the_size_that_the_layer_states():
-    for weight_format in FORMATS:
-        experts = random_experts(TINY, weight_format, "panel32", seed=0)
+    for weight_format, layout in itertools.product(FORMATS, ("panel32", "sm90_fragment")):
+        experts = random_experts(TINY, weight_format, layout, seed=0)
         packed = experts.gate_up.data.nbytes + experts.down.data.nbytes
         assert packed == TINY.weight_bytes(weight_format)
 
@@ -203,6 +206,20 @@ def test_the_machine_is_measured():
     assert machine.cache_bytes >= 2**15
 
 
+def test_the_device_is_measured_by_launches_that_run_together():
+    """What a GPU is measured with, at the size of a test."""
+    assert machine_module._device_bandwidth(2**17) > 1e6
+    for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
+        assert machine_module._matmul_rate(64, dtype, launches=3) > 1e5
+
+
+def test_the_peak_of_float8_is_that_of_w4a8_only():
+    machine = Machine("gpu", "gpu", 1e10, 1e12, 0, peak_fp8=2e12)
+    assert machine.floor(0, 4e12, "w4a8") == 2.0
+    assert machine.floor(0, 4e12, "w4a16") == machine.floor(0, 4e12) == 4.0
+    assert MACHINE.peak_of("w4a8") == MACHINE.peak
+
+
 # --- results ------------------------------------------------------------------------------------
 
 
@@ -233,6 +250,43 @@ def test_results_and_what_cannot_run():
             assert (r.overhead is None) == (r.implementation == "ragged_dot")
 
 
+def test_a_program_gives_the_time_of_one_of_its_calls():
+    dispatched, program, baseline = benchmark.measure_layer(
+        TINY, "nvfp4", [9], machine=MACHINE, budget=0.02, modes=["dispatch", "program"],
+        implementations=["xla", "ragged_dot"],
+    )  # fmt: skip
+    modes = [(r.implementation, r.mode) for r in (dispatched, program, baseline)]
+    assert modes == [("xla", "dispatch"), ("xla", "program"), ("ragged_dot", "dispatch")]
+    assert program.overhead is None
+    assert program.error == dispatched.error < 8e-3
+    assert program.seconds < 3 * dispatched.seconds
+
+
+def test_a_program_has_each_set_of_weights_equally_often():
+    sets = [random_experts(TINY, "nvfp4", "canonical", seed=s) for s in range(3)]
+    inputs = [random_tokens(TINY, 2, "float32", seed=s) for s in range(2)]
+    seen = []
+
+    def function(x, experts, ids, weights):
+        seen.append(experts)
+        return x
+
+    run = runner._program(function, sets, inputs, floor=1e-4)
+    run.call(0)
+    assert len(seen) == 18  # at least 16 calls
+    assert run.layers == 18 * 6  # so many launches are 10 ms of work
+    seen.clear()
+    run = runner._program(function, sets, inputs, floor=5e-2)
+    run.call(0)
+    assert (len(seen), run.layers) == (3, 3)
+
+
+def test_unknown_mode_is_an_error():
+    for modes, got in ((["graph"], "graph"), ([], r"\(\)")):
+        with pytest.raises(ValueError, match=f"dispatch, program, got {got}"):
+            list(benchmark.measure_layer(TINY, "nvfp4", [1], machine=MACHINE, modes=modes))
+
+
 def test_a_baseline_that_does_not_fit_says_what_it_needs():
     limit = int(TINY.weight_bytes("nvfp4") * 1.5)
     (result,) = benchmark.measure_layer(
@@ -250,15 +304,16 @@ def test_unknown_implementation_is_an_error():
 def test_rows_have_the_documented_keys_and_are_added_to_a_file(tmp_path):
     result = Measurement(
         implementation="xla", layer=TINY, weight_format="nvfp4", compute="w4a16",
-        dtype="float32", tokens=4, seconds=2e-3, overhead=None, weight_bytes=1e6, floor=1e-4,
-        error=1.23456e-6, runs=9, weight_sets=1,
+        dtype="float32", tokens=4, mode="dispatch", seconds=2e-3, overhead=None,
+        weight_bytes=1e6, floor=1e-4, error=1.23456e-6, runs=9, weight_sets=1,
     )  # fmt: skip
     row = benchmark.row(result, MACHINE)
     assert {
         "date", "commit", "device", "jax", "implementation", "layer", "format", "compute", "T",
-        "us", "gbps", "tflops", "error",
+        "us", "gbps", "tflops", "error", "mode", "backend", "floor_us", "floor_fraction",
     } <= row.keys()  # fmt: skip
     assert (row["us"], row["gbps"], row["error"]) == (2000.0, 0.5, 1.235e-6)
+    assert (row["floor_us"], row["floor_fraction"]) == (100.0, 0.05)
     assert row["tflops"] == pytest.approx(6 * 4 * 2 * 256 * 128 / 2e-3 / 1e12, rel=1e-3)
     path = tmp_path / "rows.json"
     benchmark.append_rows(path, [row])

@@ -101,6 +101,7 @@ def test_without_the_extra_one_sentence_says_what_to_install(missing):
         (["bench", "--format", "fp8"], "nvfp4 or mxfp4"),
         (["bench", "--implementation", "cuda"], "'cuda' is unknown"),
         (["bench", "--compute", "w9a9"], "compute must be one of"),
+        (["bench", "--mode", "graph"], "dispatch or program, got 'graph'"),
         (["tune", "--tokens", "0"], "whole numbers"),
         (["tune", "--layer", "tinny"], "Did you mean 'tiny'"),
         (["tune", "--format", "fp8"], "nvfp4 or mxfp4"),
@@ -614,6 +615,7 @@ def test_bench_prints_a_table_and_adds_rows(run, tmp_path, monkeypatch):
         (f, t, i) for f in ("nvfp4", "mxfp4") for t in (1, 3) for i in ("xla", "ragged_dot")
     ]
     assert all(r["layer"] == "tiny" and r["error"] < 1e-2 for r in rows)
+    assert {r["mode"] for r in rows} == {"dispatch"}
 
 
 def test_bench_beyond_the_memory_limit(run, monkeypatch):

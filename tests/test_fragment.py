@@ -153,9 +153,24 @@ def test_smallest_and_largest_mxfp4_scales():
         np.testing.assert_array_equal(np.asarray(back.scale).view(np.uint8), scale.view(np.uint8))
 
 
-def test_packing_takes_little_more_memory_than_its_result():
-    """Experts are packed one after the other: the rest is a few times one expert."""
-    e, n, k = 16, 512, 1024
-    w = jax.eval_shape(lambda: jaxmoe.quantize(jnp.zeros((e, n, k)), "nvfp4"))
-    memory = fragment.pack.lower(w, True).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 8 * fragment.num_bytes(n, k, w.format, True)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("fmt", BLOCK)
+def test_packing_takes_less_than_one_matrix_beside_its_result(fmt, gated):
+    e, n, k = 16, 768, 1024
+    w = jax.eval_shape(lambda: jaxmoe.quantize(jnp.zeros((e, n, k)), fmt))
+    memory = fragment.pack.lower(w, gated).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < fragment.num_bytes(n, k, w.format, gated)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("fmt", BLOCK)
+def test_packing_in_parts_is_packing_the_whole_matrix(fmt, gated):
+    """With several parts, the last of them padded."""
+    w = random_weight(fmt, 64 * 12 - 8, 96)
+    packed = fragment.pack(w, gated)
+    scale = jax.lax.bitcast_convert_type(w.scale, jnp.uint8)
+    for e in range(3):
+        top = None if w.global_scale is None else w.global_scale[e]
+        want, factor = fragment.pack_matrix(w.packed()[e], scale[e], top, gated)
+        np.testing.assert_array_equal(packed.data[e], want)
+        assert packed.global_scale[e] == factor

@@ -98,3 +98,12 @@ def get_layer(name: str) -> Layer:
             + (f". Did you mean {close[0]!r}?" if close else "")
         )
     return known[name]
+
+
+def expected_experts(layer: Layer, tokens: int) -> float:
+    """Mean number of distinct experts among T tokens with k distinct choices each.
+
+    >>> expected_experts(LAYERS["mixtral-8x7b"], 2)
+    3.5
+    """
+    return layer.num_experts * (1 - (1 - layer.top_k / layer.num_experts) ** tokens)

@@ -6,6 +6,7 @@ import datetime
 import functools
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,29 +33,48 @@ def commit() -> str:
     return f"v{jaxmoe.__version__}"
 
 
-def row(result: Measurement, machine: Machine) -> dict[str, Any]:
-    """A measurement as a row of `benchmarks/results/`; times in microseconds."""
+def origin(device: str) -> dict[str, Any]:
+    """What every row begins with: when, from which source, where, with which versions."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "device": machine.device,
+        "device": device,
         "jax": jax.__version__,
+        "backend": " ".join(jax.local_devices()[0].client.platform_version.split()),
+    }
+
+
+def device_slug(device: str) -> str:
+    """The name of the file that holds a device's rows.
+
+    >>> device_slug("NVIDIA H100 80GB HBM3")
+    'nvidia-h100-80gb-hbm3'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def row(result: Measurement, machine: Machine) -> dict[str, Any]:
+    """A measurement as a row of `benchmarks/results/`; times in microseconds."""
+    return {
+        **origin(machine.device),
         "implementation": result.implementation,
         "layer": result.layer.name,
         "format": result.weight_format,
         "compute": result.compute,
         "dtype": result.dtype,
         "T": result.tokens,
+        "mode": result.mode,
         "us": _digits(result.seconds * 1e6),
         "gbps": _digits(result.gbps),
         "tflops": _digits(result.tflops),
         "error": _digits(result.error),
         "floor_us": _digits(result.floor * 1e6),
+        "floor_fraction": _digits(result.floor / result.seconds),
         "overhead_us": None if result.overhead is None else _digits(result.overhead * 1e6),
         "runs": result.runs,
         "weight_sets": result.weight_sets,
         "bandwidth_gbps": _digits(machine.bandwidth / 1e9),
-        "peak_tflops": _digits(machine.peak / 1e12),
+        "peak_tflops": _digits(machine.peak_of(result.compute) / 1e12),
     }
 
 

@@ -14,8 +14,14 @@ import numpy as np
 
 from jaxmoe import kernels
 from jaxmoe.benchmark.baseline import ragged_dot_mlp
-from jaxmoe.benchmark.data import random_experts, random_tokens, relative_error
-from jaxmoe.benchmark.layers import Layer
+from jaxmoe.benchmark.data import (
+    distance,
+    random_experts,
+    random_tokens,
+    reference,
+    sample_rows,
+)
+from jaxmoe.benchmark.layers import Layer, expected_experts
 from jaxmoe.benchmark.machine import Machine
 from jaxmoe.benchmark.timing import Call, measure
 from jaxmoe.capability import Problem, Resolution, UnsupportedError
@@ -30,7 +36,16 @@ AUTO = "auto"
 ROUTINGS = 7
 """Routings in rotation; prime, so that they and the weight sets meet in every combination."""
 
+MODES = ("dispatch", "program")
+"""`dispatch`: each call is a jitted function of its own, and the host waits for it. `program`: one
+jitted function has many calls, each over other weights and after the one before, as a model has."""
+
 _MOST_SETS = 64  # small layers would take hundreds to outgrow a cache
+# A program has this many calls of the layer, or one for each set of weights where they are slow;
+# and programs are launched together until the device has work for that long.
+_CALLS = 16
+_SLOW_CALL = 1e-3  # seconds
+_WORK = 1e-2  # seconds
 _GIB = 2**30
 
 Weights = dict[str, list[ExpertWeights]]
@@ -51,13 +66,14 @@ class Measurement:
       compute: the arithmetic.
       dtype: dtype of the activations.
       tokens: `T`.
-      seconds: median of the timed calls.
+      mode: one of `MODES`.
+      seconds: median of the timed calls; in a program, of its time by its number of calls.
       overhead: median seconds of a call without a local expert: launch, sorting, zeros; None for
-        the baseline.
+        the baseline and in a program.
       weight_bytes: packed bytes of the experts that a call touches, mean over the routings.
       floor: seconds that the machine's ceilings allow.
       error: relative L2 distance from float64, on a sample of the tokens.
-      runs: timed calls.
+      runs: timed calls, or programs.
       weight_sets: sets of weights in rotation.
     """
 
@@ -67,6 +83,7 @@ class Measurement:
     compute: str
     dtype: str
     tokens: int
+    mode: str
     seconds: float
     overhead: float | None
     weight_bytes: float
@@ -111,6 +128,7 @@ def measure_layer(
     implementations: Sequence[str] = (AUTO, "xla", BASELINE),
     dtype: Any = jnp.bfloat16,
     compute: str = AUTO,
+    modes: Sequence[str] = ("dispatch",),
     budget: float = 2.0,
     memory_limit: int = 6 * _GIB,
     seed: int = 0,
@@ -137,17 +155,22 @@ def measure_layer(
         selects; `ragged_dot` for the baseline.
       dtype: dtype of the activations.
       compute: as for `moe_mlp`.
-      budget: seconds of measuring for each implementation and T.
+      modes: some of `MODES`; the baseline is only dispatched.
+      budget: seconds of measuring for each implementation, T and mode.
       memory_limit: bytes that weights and the baseline's temporaries may take.
       seed: of weights, tokens and routings.
 
     Yields:
-      For each T, a `Measurement` or `Skipped` for each implementation.
+      For each T, a `Measurement` or `Skipped` for each implementation and mode.
 
     Raises:
-      ValueError: an implementation is unknown.
+      ValueError: an implementation or a mode is unknown.
       MemoryLimitError: not even one set of weights fits.
     """
+    if not modes or not set(modes) <= set(MODES):
+        raise ValueError(
+            f"modes must be some of {', '.join(MODES)}, got {', '.join(modes) or '()'}"
+        )
     plans, refused = _plans(layer, weight_format, dtype, compute, implementations)
     weights = _weights(layer, weight_format, min(tokens), plans, machine, memory_limit, seed)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
@@ -164,14 +187,17 @@ def measure_layer(
                 yield Skipped(BASELINE, t, reason)
             else:
                 able.append((plan, function))
-        yield from _measure(layer, weight_format, t, able, weights, inputs, machine, budget)
+        yield from _measure(layer, weight_format, t, able, modes, weights, inputs, machine, budget)
 
 
-def _plans(
-    layer: Layer, weight_format: str, dtype: Any, compute: str, names: Sequence[str]
-) -> tuple[list[_Plan], list[tuple[str, str]]]:
-    """What to run, each variant once; and the names that nothing here can run, with the reason."""
-    problem = Problem(
+def layer_problem(layer: Layer, weight_format: str, dtype: Any, compute: str) -> Problem:
+    """What the capability table is asked for a layer.
+
+    >>> from jaxmoe import benchmark
+    >>> benchmark.layer_problem(benchmark.TINY, "nvfp4", "bfloat16", "auto").num_experts
+    8
+    """
+    return Problem(
         weight_format=weight_format,
         compute=compute,
         activation_dtype=jnp.dtype(dtype).name,
@@ -180,6 +206,13 @@ def _plans(
         num_experts=layer.num_experts,
         top_k=layer.top_k,
     )
+
+
+def _plans(
+    layer: Layer, weight_format: str, dtype: Any, compute: str, names: Sequence[str]
+) -> tuple[list[_Plan], list[tuple[str, str]]]:
+    """What to run, each variant once; and the names that nothing here can run, with the reason."""
+    problem = layer_problem(layer, weight_format, dtype, compute)
     plans: dict[str, _Plan] = {}
     refused = []
     for name in names:
@@ -221,7 +254,9 @@ def _weights(
             "GiB are allowed: raise the limit, or measure fewer implementations at once"
         )
     sets = (
-        num_weight_sets(layer, weight_format, tokens, machine.cache_bytes, int(left / native))
+        num_weight_sets(
+            layer, weight_format, tokens, machine.cache_bytes, int(left / (native * one))
+        )
         if native
         else 1
     )
@@ -235,20 +270,14 @@ def _weights(
 
 
 def num_weight_sets(
-    layer: Layer, weight_format: str, tokens: int, cache_bytes: int, memory_limit: int
+    layer: Layer, weight_format: str, tokens: int, cache_bytes: int, most: int
 ) -> int:
     """Sets of weights in rotation of which none is in the cache when it is used again.
 
-    At least one, at most what the limit allows.
+    At least one, at most `most`.
     """
-    touched = layer.expert_bytes(weight_format) * _expected_experts(layer, tokens)
-    wanted = math.ceil(2 * cache_bytes / touched)
-    return max(1, min(wanted, _MOST_SETS, int(memory_limit / layer.weight_bytes(weight_format))))
-
-
-def _expected_experts(layer: Layer, tokens: int) -> float:
-    """Mean number of distinct experts among T tokens with k distinct choices each."""
-    return layer.num_experts * (1 - (1 - layer.top_k / layer.num_experts) ** tokens)
+    touched = layer.expert_bytes(weight_format) * expected_experts(layer, tokens)
+    return max(1, min(math.ceil(2 * cache_bytes / touched), _MOST_SETS, most))
 
 
 def _function(plan: _Plan, compute: str) -> Callable[..., jax.Array]:
@@ -277,22 +306,36 @@ def _measure(
     weight_format: str,
     tokens: int,
     able: Sequence[tuple[_Plan, Callable[..., jax.Array]]],
+    modes: Sequence[str],
     weights: Weights,
     inputs: Sequence[tuple[jax.Array, ...]],
     machine: Machine,
     budget: float,
 ) -> Iterator[Measurement]:
-    calls = [_rotating(function, weights[plan.layout], inputs) for plan, function in able]
-    timings = measure(calls, budget)
     experts = [len(np.unique(np.asarray(ids))) for _, ids, _ in inputs]
     touched = layer.expert_bytes(weight_format) * float(np.mean(experts))
-    for (plan, function), timing in zip(able, timings, strict=True):
+    flops = layer.flops(tokens)
+    runs: list[tuple[_Plan, str, _Run]] = []
+    for plan, function in able:
+        sets = weights[plan.layout]
+        if "dispatch" in modes or plan.name == BASELINE:
+            runs.append((plan, "dispatch", _dispatch(function, sets, inputs)))
+        if "program" in modes and plan.name != BASELINE:
+            floor = machine.floor(touched, flops, plan.compute)
+            runs.append((plan, "program", _program(function, sets, inputs, floor)))
+    timings = measure([run.call for _, _, run in runs], budget)
+    rows = sample_rows(tokens)
+    expected: dict[str, np.ndarray] = {}  # by layout; each has other random weights
+    for (plan, mode, run), timing in zip(runs, timings, strict=True):
         sets = weights[plan.layout]
         x, ids, w = inputs[0]
+        if plan.layout not in expected:
+            expected[plan.layout] = reference(sets[0], inputs[0], rows)
         overhead = None
-        if plan.name != BASELINE:
+        if plan.name != BASELINE and mode == "dispatch":
             nobody = (x, jnp.full_like(ids, layer.num_experts), w)
-            overhead = measure([_rotating(function, sets, [nobody])], budget / 4)[0].median
+            call = _dispatch(run.function, sets, [nobody]).call
+            overhead = measure([call], budget / 4)[0].median
         yield Measurement(
             implementation=plan.name,
             layer=layer,
@@ -300,23 +343,60 @@ def _measure(
             compute=plan.compute,
             dtype=x.dtype.name,
             tokens=tokens,
-            seconds=timing.median,
+            mode=mode,
+            seconds=timing.median / run.layers,
             overhead=overhead,
             weight_bytes=touched,
-            floor=machine.floor(touched, layer.flops(tokens)),
-            error=relative_error(function(x, sets[0], ids, w), sets[0], inputs[0]),
+            floor=machine.floor(touched, flops, plan.compute),
+            error=distance(run.first()[rows], expected[plan.layout]),
             runs=len(timing.seconds),
             weight_sets=len(sets),
         )
 
 
-def _rotating(
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    call: Call
+    layers: int  # calls of the layer in one `call`
+    first: Callable[[], jax.Array]  # the result of the first set of weights and the first inputs
+    function: Callable[..., jax.Array]
+
+
+def _dispatch(
     function: Callable[..., jax.Array],
     sets: Sequence[ExpertWeights],
     inputs: Sequence[tuple[jax.Array, ...]],
-) -> Call:
-    def call(number: int) -> None:
+) -> _Run:
+    def one(number: int) -> jax.Array:
         x, ids, w = inputs[number % len(inputs)]
-        function(x, sets[number % len(sets)], ids, w).block_until_ready()
+        return function(x, sets[number % len(sets)], ids, w)
 
-    return call
+    return _Run(lambda number: one(number).block_until_ready(), 1, lambda: one(0), function)
+
+
+def _program(
+    function: Callable[..., jax.Array],
+    sets: Sequence[ExpertWeights],
+    inputs: Sequence[tuple[jax.Array, ...]],
+    floor: float,
+) -> _Run:
+    rounds = math.ceil(_CALLS / len(sets)) if floor < _SLOW_CALL else 1
+    length = rounds * len(sets)
+    launches = math.ceil(_WORK / (length * floor))
+
+    @jax.jit
+    def program(
+        sets: Sequence[ExpertWeights], inputs: Sequence[tuple[jax.Array, ...]]
+    ) -> list[jax.Array]:
+        results: list[jax.Array] = []
+        for number in range(length):
+            x, ids, w = inputs[number % len(inputs)]
+            if results:  # each call waits for the one before
+                x, _ = jax.lax.optimization_barrier((x, results[-1]))
+            results.append(function(x, sets[number % len(sets)], ids, w))
+        return results
+
+    def call(number: int) -> None:
+        jax.block_until_ready([program(sets, inputs)[-1] for _ in range(launches)])
+
+    return _Run(call, length * launches, lambda: program(sets, inputs)[0], function)

@@ -229,10 +229,20 @@ def bench(
     ] = None,
     dtype: Annotated[Dtype, Option(help="Of the activations.")] = "bfloat16",
     compute: Annotated[str, Option(help="As for `explain`.")] = "auto",
+    mode: Annotated[
+        list[str] | None,
+        Option(
+            help="`dispatch` (one jitted call, awaited) or `program` (many calls in one jitted "
+            "function, the time of each); may be repeated. Default: both; on a CPU, dispatch."
+        ),
+    ] = None,
     seconds: Annotated[
         float, Option(min=0.01, help="Time to measure each implementation at each T.")
     ] = 2.0,
-    memory: Annotated[float, Option(min=0.1, help="GiB that weights may take.")] = 6.0,
+    memory: Annotated[
+        float | None,
+        Option(min=0.1, help="GiB that weights may take. Default: 40; on a CPU, 6."),
+    ] = None,
     json: Annotated[
         Path | None, Option("--json", help="Add the rows to this JSON file.", dir_okay=False)
     ] = None,
@@ -247,6 +257,7 @@ def bench(
         implementations=implementation or ["auto", "xla", "ragged_dot"],
         dtype=dtype,
         compute=compute,
+        modes=mode,
         seconds=seconds,
         memory=memory,
         path=json,

@@ -23,8 +23,9 @@ def bench(
     implementations: Sequence[str],
     dtype: str,
     compute: str,
+    modes: Sequence[str] | None,
     seconds: float,
-    memory: float,
+    memory: float | None,
     path: Path | None,
 ) -> None:
     """Measures and prints one table for each layer and format; adds rows to `path`."""
@@ -38,6 +39,10 @@ def bench(
         for name in implementations:
             if name not in known:
                 raise ValueError(f"{name!r} is unknown; the names are {', '.join(known)}")
+    with argument("--mode"):
+        for name in modes or ():
+            if name not in benchmark.MODES:
+                raise ValueError(f"mode must be {' or '.join(benchmark.MODES)}, got {name!r}")
     if path is not None:
         with argument("--json"):
             benchmark.read_rows(path)
@@ -47,9 +52,13 @@ def bench(
     say(
         results,
         f"{machine.device}: reads {machine.bandwidth / 1e9:.1f} GB/s, multiplies "
-        f"{machine.peak / 1e12:.3f} TFLOP/s",
+        f"{machine.peak / 1e12:.3f} TFLOP/s"
+        + (f", {machine.peak_fp8 / 1e12:.3f} in float8" if machine.peak_fp8 else ""),
         "bold",
     )
+    on_cpu = machine.platform == "cpu"
+    modes = modes or (("dispatch",) if on_cpu else benchmark.MODES)
+    memory = memory or (6.0 if on_cpu else 40.0)
     for layer in specs:
         for weight_format in formats:
             done: list[Measurement | Skipped] = []
@@ -63,6 +72,7 @@ def bench(
                         implementations=implementations,
                         dtype=dtype,
                         compute=compute,
+                        modes=modes,
                         budget=seconds,
                         memory_limit=int(memory * _GIB),
                     ):
@@ -113,7 +123,7 @@ def results_table(
     """The measurements, with ratios to the floor and to the baseline of the same run."""
     numbers = ("T", "µs", "GB/s", "TFLOP/s", "× floor", "faster than ragged_dot", "error")
     made = table(
-        "T", "implementation", "compute", *numbers[1:],
+        "T", "implementation", "compute", "mode", *numbers[1:],
         title=f"{layer.name} (H={layer.hidden_size} I={layer.intermediate_size} "
         f"E={layer.num_experts} k={layer.top_k}), {weight_format}, {dtype} activations",
         right=numbers,
@@ -130,7 +140,8 @@ def results_table(
             str(r.tokens),
             r.implementation,
             r.compute,
-            f"{r.seconds * 1e6:,.0f}",
+            r.mode,
+            f"{r.seconds * 1e6:,.{1 if r.seconds < 1e-4 else 0}f}",
             f"{r.gbps:.3g}",
             f"{r.tflops:.3g}",
             f"{r.seconds / r.floor:.2f}",

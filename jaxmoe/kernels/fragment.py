@@ -31,6 +31,7 @@ import jax.numpy as jnp
 
 from jaxmoe.experts import PreparedMatrix
 from jaxmoe.formats import Format
+from jaxmoe.kernels.parts import cut_rows, pack_in_parts, slice_bits
 from jaxmoe.quantization import QuantizedTensor
 
 NAME = "sm90_fragment"
@@ -145,17 +146,31 @@ def _power_of_two(exponent: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _encode_mxfp4(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Bytes, 0 for a scale that is out of reach, and the global scale."""
-    top = scale.max(initial=0)
+def _encode_mxfp4(scale: jax.Array, top: jax.Array) -> jax.Array:
+    """Bytes by the distance from the largest scale, 0 for one that is out of reach."""
     code = scale.astype(jnp.int32) - top.astype(jnp.int32) + _E8M0_TOP
-    return jnp.maximum(code, 0).astype(jnp.uint8), _power_of_two(top)
+    return jnp.maximum(code, 0).astype(jnp.uint8)
 
 
 def _decode_mxfp4(code: jax.Array, global_scale: jax.Array) -> jax.Array:
     top = jax.lax.bitcast_convert_type(global_scale, jnp.uint32) >> 23
     scale = code.astype(jnp.int32) + top.astype(jnp.int32) - _E8M0_TOP
     return jnp.clip(scale, 0, 254).astype(jnp.uint8)
+
+
+def _pack_rows(elements: jax.Array, code: jax.Array, gated: bool) -> jax.Array:
+    """uint8 [N, K/2] and [N, K/B] to packed bytes."""
+    k = 2 * elements.shape[1]
+    per_block = BLOCK * code.shape[1] // k
+    zero = jnp.repeat(code == 0, BLOCK // 2 // per_block, axis=1)
+    elements = jnp.where(zero, 0, elements)
+    blocks = _round_up(k, BLOCK) // BLOCK
+    elements = jnp.pad(elements, ((0, 0), (0, blocks * BLOCK // 2 - k // 2)))
+    code = jnp.pad(code, ((0, 0), (0, blocks * per_block - code.shape[1])))
+    e = _pack_elements(_to_warps(elements, gated))
+    s = _to_warps(code, gated).reshape(e.shape[0], _WARPS, 2, _ROWS, blocks, per_block)
+    s = s.transpose(0, 4, 1, 3, 5, 2).reshape(e.shape[0], blocks, STRIP * per_block)
+    return jnp.concatenate([e, s], axis=-1).reshape(-1)
 
 
 def pack_matrix(
@@ -172,21 +187,10 @@ def pack_matrix(
     Returns:
       `uint8[num_bytes]` and the global scale `f32[]` that goes with it.
     """
-    k = 2 * elements.shape[1]
-    per_block = BLOCK * scale.shape[1] // k
-    if global_scale is None:
-        scale, global_scale = _encode_mxfp4(scale)
-    else:
-        scale = _encode_nvfp4(scale)
-    zero = jnp.repeat(scale == 0, BLOCK // 2 // per_block, axis=1)
-    elements = jnp.where(zero, 0, elements)
-    blocks = _round_up(k, BLOCK) // BLOCK
-    elements = jnp.pad(elements, ((0, 0), (0, blocks * BLOCK // 2 - k // 2)))
-    scale = jnp.pad(scale, ((0, 0), (0, blocks * per_block - scale.shape[1])))
-    e = _pack_elements(_to_warps(elements, gated))
-    s = _to_warps(scale, gated).reshape(e.shape[0], _WARPS, 2, _ROWS, blocks, per_block)
-    s = s.transpose(0, 4, 1, 3, 5, 2).reshape(e.shape[0], blocks, STRIP * per_block)
-    return jnp.concatenate([e, s], axis=-1).reshape(-1), global_scale
+    if global_scale is not None:
+        return _pack_rows(elements, _encode_nvfp4(scale), gated), global_scale
+    top = scale.max(initial=0)
+    return _pack_rows(elements, _encode_mxfp4(scale, top), gated), _power_of_two(top)
 
 
 def unpack_matrix(
@@ -206,13 +210,25 @@ def unpack_matrix(
 
 @functools.partial(jax.jit, static_argnums=1)
 def pack(w: QuantizedTensor, gated: bool) -> PreparedMatrix:
-    """Packs `[E, N, K]`, one expert after the other."""
+    """Packs `[E, N, K]`, some strips of one expert after the other."""
     assert w.scale is not None
-    scale = jax.lax.bitcast_convert_type(w.scale, jnp.uint8)
-    data, global_scale = jax.lax.map(
-        lambda one: pack_matrix(one[0], one[1], one[2], gated),
-        (w.packed(), scale, w.global_scale),
-    )
+    elements, scale, global_scale = w.packed(), w.scale, w.global_scale
+    e, n, _ = w.shape
+    top = None
+    if global_scale is None:
+        top = jax.lax.map(lambda i: slice_bits(scale, i, 0, n).max(initial=0), jnp.arange(e))
+        global_scale = _power_of_two(top)
+
+    def strips(expert: jax.Array, first: jax.Array, count: int) -> jax.Array:
+        def encode(bits: jax.Array) -> jax.Array:
+            return _encode_nvfp4(bits) if top is None else _encode_mxfp4(bits, top[expert])
+
+        rows = STRIP // 2 if gated else STRIP
+        where = (expert, first * rows, count * rows, gated)
+        cut = cut_rows(elements, *where), cut_rows(scale, *where, encode)
+        return _pack_rows(*cut, gated)
+
+    data = pack_in_parts(strips, e, num_strips(n, gated))
     return PreparedMatrix(
         data=data,
         global_scale=global_scale,

@@ -1,0 +1,193 @@
+"""The scripts under benchmarks/: what they make of rows and of a profiler's events."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from jaxmoe import benchmark, kernels
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+DEVICE = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script as it imports its neighbours when it is run."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+    def load(name):
+        return __import__(name)
+
+    yield load
+    for name in [
+        n for n, m in sys.modules.items() if str(SCRIPTS) in str(m.__dict__.get("__file__"))
+    ]:
+        del sys.modules[name]
+
+
+def row(**changed):
+    tokens = changed.get("T", 64)
+    layer = benchmark.get_layer(changed.get("layer", "qwen3-30b-a3b"))
+    us = changed.get("us", 100.0)
+    return {
+        "device": DEVICE, "implementation": "sm90_w4a16", "layer": layer.name, "format": "mxfp4",
+        "compute": "w4a16", "dtype": "bfloat16", "T": tokens, "mode": "program", "us": us,
+        "gbps": layer.weight_bytes("mxfp4") / us / 1e3, "tflops": layer.flops(tokens) / us / 1e6,
+        "bandwidth_gbps": 3100.0, "peak_tflops": 750.0,
+    } | changed  # fmt: skip
+
+
+# --- peers and the report -------------------------------------------------------------------------
+
+
+def test_peers_are_found_by_the_device_and_compared_by_layer_format_and_arithmetic(script):
+    peers = script("peers")
+    rows = peers.peers_of(DEVICE)
+    assert {r["layer"] for r in rows} == set(benchmark.LAYERS) - {"gpt-oss-20b"}
+    assert peers.peers_of("NVIDIA H1000") == peers.peers_of("AMD EPYC, 2 cores") == []
+    assert peers.best(rows, row()) == 144
+    assert peers.best(rows, row(format="nvfp4", T=1)) == 31
+    assert peers.best(rows, row(layer="mixtral-8x7b", compute="w4a8", T=16384)) == 10433
+    assert peers.best(rows, row(T=2)) is None
+
+
+def test_no_peer_is_below_the_floor(script):
+    """A figure that was copied wrongly would be likely to be."""
+    for peer in script("peers").peers_of(DEVICE):
+        layer = benchmark.get_layer(peer["layer"])
+        assert list(map(int, peer["us"])) == sorted(map(int, peer["us"]))
+        for t, us in peer["us"].items():
+            experts = benchmark.expected_experts(layer, int(t))
+            assert us * 1e-6 > layer.flops(int(t)) / 1.5e15
+            assert us * 1e-6 > experts * layer.expert_bytes("mxfp4") / 3.3e12
+
+
+def test_the_report_has_the_ratio_to_the_best_peer(script, monkeypatch):
+    report = script("report")
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(report.report([row(us=500.0), row(us=72.0), row(T=2), row(mode="dispatch")]))
+    text = capture.get()
+    assert "times faster than the best peer" in text
+    assert "72.0 (2.00×)" in text
+    assert "500" not in text
+    assert "100 (1.44×)" in text
+    with console.capture() as capture:
+        console.print(report.report([row(device="AMD EPYC, 2 cores")]))
+    assert "×" not in capture.get()
+
+
+def test_recorded_rows_have_what_the_scripts_read(script):
+    for path in (SCRIPTS / "results").glob("*.json"):
+        assert script("roofline").read_device(path)
+        script("report").report(benchmark.read_rows(path))
+
+
+# --- roofline -------------------------------------------------------------------------------------
+
+
+def test_the_roofline_is_drawn(script, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rows = [
+        row(layer=layer, compute=compute, T=t, us=100.0 + t, mode=mode)
+        for layer in ("qwen3-30b-a3b", "mixtral-8x7b")
+        for compute in ("w4a16", "w4a8")
+        for t in (1, 64, 4096)
+        for mode in ("dispatch", "program")
+    ]
+    path = tmp_path / "rows.json"
+    benchmark.append_rows(path, rows)
+    script("roofline").main([str(path)])
+    png = tmp_path / "rows.png"
+    assert capsys.readouterr().out.strip() == str(png)
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_programs_are_drawn_rather_than_dispatched_calls(script):
+    rows = [row(T=64), row(T=1), row(T=64, us=50.0), row(T=1, mode="dispatch"), row(T=1, us=9.0)]
+    ((key, drawn),) = script("roofline").series(rows).items()
+    assert key == ("qwen3-30b-a3b", "mxfp4", "w4a16", "sm90_w4a16")
+    assert [(r["T"], r["us"], r["mode"]) for r in drawn] == [
+        (1, 9.0, "program"),
+        (64, 50.0, "program"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[]", "one device, got none"),
+        (json.dumps([row(), row(device="other")]), f"one device, got {DEVICE}, other"),
+        (json.dumps([row(), {"device": DEVICE}]), "row 2 must have device, layer"),
+        ("{}", "list of rows"),
+        ("no", "not JSON"),
+    ],
+)
+def test_rows_that_cannot_be_drawn_are_refused(script, tmp_path, text, complaint):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=complaint):
+        script("roofline").main([str(path)])
+    assert not path.with_suffix(".png").exists()
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def test_stages_are_the_kernels_of_a_call_without_waiting_for_the_one_before(script):
+    stages = script("stages")
+    mangled = "_ZN6jaxmoe4sm9012_GLOBAL__N_111gemm_kernelILi3EEEvv"
+    plain = "void jaxmoe::cuda::(anonymous namespace)::place_kernel(SortArgs)"
+    events = []
+    for start, longer in ((0, 0), (1e6, 400), (2e6, 100)):
+        events += [
+            stages.Event(start + 9000, 2000, "loop_fusion<1>"),  # after a gap of 2 us
+            stages.Event(start, 3000 + longer, plain),
+            stages.Event(start + 1000, 6000, mangled),  # starts while the first runs
+        ]
+    assert stages.stages(events, 3) == [
+        {"kernel": "place_kernel", "us": 3.1},
+        {"kernel": "gemm_kernel", "us": 3.9},
+        {"kernel": "loop_fusion", "us": 2.0},
+    ]
+
+
+@pytest.mark.parametrize("names", [[], ["a", "b", "b", "a"], ["a", "a", "b"]])
+def test_stages_of_unlike_calls_are_refused(script, names):
+    stages = script("stages")
+    with pytest.raises(ValueError, match="same kernels for each of 2 calls"):
+        stages.stages([stages.Event(i, 1, name) for i, name in enumerate(names)], 2)
+
+
+def test_stages_need_a_gpu(script, tmp_path):
+    with pytest.raises(ValueError, match="saw no GPU"):
+        script("stages").traced(str(tmp_path))
+
+
+# --- prepare --------------------------------------------------------------------------------------
+
+
+def test_prepare_is_measured_where_there_is_something_to_prepare(script):
+    prepare = script("prepare")
+    problem = benchmark.layer_problem(benchmark.TINY, "mxfp4", "bfloat16", "auto")
+    if kernels.select(problem).variant == "xla":
+        with pytest.raises(ValueError, match="nothing to prepare"):
+            prepare.measure(benchmark.TINY, "mxfp4")
+        return
+    row = prepare.measure(benchmark.TINY, "mxfp4")
+    assert (row["layer"], row["format"], row["layout"]) == ("tiny", "mxfp4", "panel32")
+    assert 0 < row["second_s"] < row["first_s"]
+    assert row["expert_bytes"] == benchmark.TINY.expert_bytes("mxfp4")
+    assert row["temporary_experts"] > 0
+    assert row["peak_experts"] is None  # a CPU does not say
+
+
+def test_prepare_of_canonical_weights_is_refused(script, monkeypatch):
+    prepare = script("prepare")
+    select = kernels.select
+    monkeypatch.setattr(prepare.kernels, "select", lambda problem: select(problem, "xla"))
+    with pytest.raises(ValueError, match=r"xla is selected here.*nothing to prepare"):
+        prepare.measure(benchmark.TINY, "nvfp4")
