@@ -41,9 +41,10 @@ nb::dict manifest() {
   w4a16["smem_bytes"] = smem_bytes;
   w4a16["activation_dtypes"] = dtypes;
   w4a16["tactics"] = tactics;
+  w4a16["layout"] = "sm90_fragment";
   nb::dict variants;
   variants[kSm90Variant] = w4a16;
-  return library_manifest(kAbi, "sm90", "sm90_fragment", variants);
+  return library_manifest(kAbi, "sm90", variants);
 }
 
 void check_variant(const std::string& variant, const std::string& x_dtype) {
