@@ -22,7 +22,8 @@ IMPLEMENTATIONS = (
     "cpu_amx",
 )
 NATIVE = IMPLEMENTATIONS[1:]
-GPU = ("sm90_w4a16",)  # their tests are in tests/gpu
+GPU = ("sm90_w4a16", "sm90_w4a8")  # their tests are in tests/gpu
+COMPUTE = {"sm90_w4a8": "w4a8"}  # what a variant has to be asked for; auto for all others
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 DTYPES, FORMATS = ("float32", "bfloat16"), ("nvfp4", "mxfp4")
@@ -75,7 +76,7 @@ def compiled(activation_name: str, weight_on_input: bool, implementation: Any):
             x, experts, expert_ids, weights,
             activation=jaxmoe.activations.ACTIVATIONS[activation_name](*params),
             expert_offset=expert_offset, weight_on_input=weight_on_input,
-            implementation=implementation,
+            compute=COMPUTE.get(implementation, "auto"), implementation=implementation,
         )  # fmt: skip
 
     return jax.jit(call)
@@ -84,7 +85,8 @@ def compiled(activation_name: str, weight_on_input: bool, implementation: Any):
 @functools.cache
 def preparing(variant: str, gated: bool):
     """jit of prepare for a native variant."""
-    return jax.jit(functools.partial(jaxmoe.prepare, variant=variant, gated=gated))
+    compute = COMPUTE.get(variant, "auto")
+    return jax.jit(functools.partial(jaxmoe.prepare, variant=variant, gated=gated, compute=compute))
 
 
 def prepared(experts: Any, implementation: str | None, gated: bool) -> Any:
@@ -128,7 +130,8 @@ def compiled_grouped(implementation: Any, preferred: str | None = None):
     def call(x, w, group_sizes, bias, group_offset):
         return jaxmoe.grouped_matmul(
             x, w, group_sizes, bias=bias, group_offset=group_offset,
-            preferred_element_type=preferred, implementation=implementation,
+            preferred_element_type=preferred, compute=COMPUTE.get(implementation, "auto"),
+            implementation=implementation,
         )  # fmt: skip
 
     return jax.jit(call)

@@ -117,7 +117,7 @@ def test_bad_arguments_exit_with_2_and_name_the_argument(run, arguments, complai
 # checkpoint declares W4A4 (NVFP4) or W4A8 (MXFP4).
 SELECTED = {
     ("sm_90", "nvfp4"): ("sm90_w4a16", "w4a16"),
-    ("sm_90", "mxfp4"): ("sm90_w4a16", "w4a16"),
+    ("sm_90", "mxfp4"): ("sm90_w4a8", "w4a8"),
     ("sm_100", "nvfp4"): ("sm100_w4a4", "w4a4"),
     ("sm_100", "mxfp4"): ("sm100_w4a8", "w4a8"),
     ("sm_103", "nvfp4"): ("sm100_w4a4", "w4a4"),
