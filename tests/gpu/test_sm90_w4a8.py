@@ -1,4 +1,4 @@
-"""W4A8 on a Hopper GPU: against the oracle that rounds what the kernel rounds, and the exact one."""
+"""W4A8 on a Hopper GPU, against the oracle that rounds what the kernel rounds and the exact one."""
 
 import concurrent.futures
 import dataclasses
@@ -30,10 +30,11 @@ every_half = pytest.mark.parametrize("dtype", DTYPES)
 every_tactic = pytest.mark.parametrize("tactic", TACTICS)
 
 # From the oracle that rounds as the kernel does: sums of e4m3 products keep about 14 bits, so that
-# a few values between the products fall to the other side of a rounding; and x's dtype.
-ROUNDED = 1e-2
+# one in hundreds of the values between the products falls to the other side of its rounding and is
+# off by up to 2^-3; and x's dtype. Where there are few values, one of them is a large part of all.
+ROUNDED, ROUNDED_SMALL = 1e-2, 2e-2
 # From the exact oracle: e4m3 is off by 2^-4 at most and 2^-5.3 on average in each operand.
-EXACT = 6e-2
+EXACT, EXACT_SMALL = 6e-2, 1.2e-1
 
 
 def spec_of(spec=None, **changes):
@@ -45,13 +46,15 @@ def problem_of(spec=None, **changes):
     return problems.random_problem(spec_of(spec, **{"dtype": "bfloat16", **changes}))
 
 
-def assert_right(got, problem, exact=EXACT):
-    assert_matches(got, problem.pairs("w4a8"), ROUNDED)
-    assert_matches(got, problem.pairs(), exact)
+def assert_right(got, problem):
+    large = problem.x.shape[0] * problem.spec.intermediate_size >= 2**13
+    large = large and problem.spec.scales == "normal"  # else a few blocks are nearly all
+    assert_matches(got, problem.pairs("w4a8"), ROUNDED if large else ROUNDED_SMALL)
+    assert_matches(got, problem.pairs(), EXACT if large else EXACT_SMALL)
 
 
 def assert_grouped_right(got, problem):
-    for arithmetic, tolerance in (("w4a8", ROUNDED), ("exact", EXACT)):
+    for arithmetic, tolerance in (("w4a8", ROUNDED), ("exact", EXACT_SMALL)):
         assert_matches(got, problem.expected(arithmetic)[:, None], tolerance)
     local = problem.expected().any(1)
     assert not got[~local].astype(np.float32).any(), "rows without a matrix must be zero"
@@ -189,16 +192,16 @@ def test_rows_of_very_different_sizes(tactic):
     assert not got[7].astype(np.float32).any()
     for row in range(60):  # one by one: a norm over all rows sees the largest alone
         one = problem.pairs("w4a8")[row : row + 1]
-        assert_matches(got[row : row + 1], one, 3 * ROUNDED)
+        assert_matches(got[row : row + 1], one, 2 * ROUNDED_SMALL)
 
 
 @pytest.mark.parametrize("code", [0, 1, 12, 247, 254])
 def test_smallest_and_largest_scales(code):
-    """All scales of gate_up 2^-127 ... 2^127, and x so that the sums stay near 1."""
+    """All scales of gate_up from 2^-127 to 2^127, and x so that nothing leaves bf16's range."""
     problem = problem_of(activation_name="identity", routing="round_robin")
     scale = np.full_like(problem.gate_up.scale, code)
     gate_up = dataclasses.replace(problem.gate_up, scale=scale)
-    x = (problem.x.astype(np.float64) * 2.0 ** (123 - code)).clip(-3e38, 3e38)
+    x = problem.x.astype(np.float64) * 2.0 ** np.clip(123 - code, -100, 100)
     problem = dataclasses.replace(problem, gate_up=gate_up, x=x.astype(problem.x.dtype))
     assert_right(run(problem, VARIANT), problem)
 
