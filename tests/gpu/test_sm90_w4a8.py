@@ -32,9 +32,9 @@ every_tactic = pytest.mark.parametrize("tactic", TACTICS)
 # From the oracle that rounds as the kernel does: sums of e4m3 products keep about 14 bits, so that
 # one in hundreds of the values between the products falls to the other side of its rounding and is
 # off by up to 2^-3; and x's dtype. Where there are few values, one of them is a large part of all.
-ROUNDED, ROUNDED_SMALL = 1e-2, 2e-2
+ROUNDED, ROUNDED_SMALL, ROUNDED_ROW = 1e-2, 2e-2, 8e-2
 # From the exact oracle: e4m3 is off by 2^-4 at most and 2^-5.3 on average in each operand.
-EXACT, EXACT_SMALL = 6e-2, 1.2e-1
+EXACT, EXACT_SMALL, EXACT_ROW = 6e-2, 1.2e-1, 4.8e-1
 
 
 def spec_of(spec=None, **changes):
@@ -48,9 +48,10 @@ def problem_of(spec=None, **changes):
 
 def assert_right(got, problem):
     large = problem.x.shape[0] * problem.spec.intermediate_size >= 2**13
-    large = large and problem.spec.scales == "normal"  # else a few blocks are nearly all
-    assert_matches(got, problem.pairs("w4a8"), ROUNDED if large else ROUNDED_SMALL)
-    assert_matches(got, problem.pairs(), EXACT if large else EXACT_SMALL)
+    rounded = ROUNDED if large else ROUNDED_SMALL
+    assert_matches(got, problem.pairs("w4a8"), rounded, ROUNDED_ROW)
+    if problem.spec.scales == "normal":  # else one block of a row may be all that counts
+        assert_matches(got, problem.pairs(), EXACT if large else EXACT_SMALL, EXACT_ROW)
 
 
 def assert_grouped_right(got, problem):
@@ -192,7 +193,7 @@ def test_rows_of_very_different_sizes(tactic):
     assert not got[7].astype(np.float32).any()
     for row in range(60):  # one by one: a norm over all rows sees the largest alone
         one = problem.pairs("w4a8")[row : row + 1]
-        assert_matches(got[row : row + 1], one, 2 * ROUNDED_SMALL)
+        assert_matches(got[row : row + 1], one, ROUNDED_ROW)
 
 
 @pytest.mark.parametrize("code", [0, 1, 12, 247, 254])
@@ -318,7 +319,7 @@ def test_layers_in_a_row_may_become_a_cuda_graph(dtype):
     def model(x, ids, w):
         for _ in range(6):  # XLA records sequences of at least five commands by default
             y = jaxmoe.moe_mlp(x, weights, ids, w, compute="w4a8", implementation=VARIANT)
-            x = x + y
+            x = jnp.clip(x + y, -4, 4)
         return x
 
     inputs = [(x, ids, w) for x, _, ids, w in calls]
