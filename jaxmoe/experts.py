@@ -228,7 +228,11 @@ def _kind(w: Matrix) -> str:
 
 
 def prepare(
-    experts: ExpertWeights | QuantizedTensor, variant: str | None = None, *, gated: bool = True
+    experts: ExpertWeights | QuantizedTensor,
+    variant: str | None = None,
+    *,
+    gated: bool = True,
+    compute: str = "auto",
 ) -> ExpertWeights | PreparedMatrix | QuantizedTensor:
     """Rearranges canonical FP4 weights once into the layout that a kernel variant reads.
 
@@ -249,13 +253,16 @@ def prepare(
       variant: name of a variant (`jaxmoe.capabilities()` lists them). None takes what the
         capability table selects for bfloat16 activations on the current target.
       gated: whether the layer's activation has a gate, so that `gate_up` is `[gate; up]`.
+      compute: the arithmetic that the weights are for, as `moe_mlp` and `grouped_matmul` will be
+        told: a kernel of W4A8 reads another layout than one of W4A16.
 
     Returns:
       The weights in the variant's layout; `experts` itself where that is the canonical one (`xla`).
 
     Raises:
       ValueError: if the weights are inconsistent, prepared already, or the variant is unknown.
-      UnsupportedError: if the variant does not read weights of this format.
+      UnsupportedError: if the variant does not read weights of this format, or does not compute
+        what was asked for.
     """
     from jaxmoe import kernels
 
@@ -268,7 +275,7 @@ def prepare(
                 f"experts must be canonical, got layout {experts.layout!r}; prepare from the "
                 "canonical weights"
             )
-    layout = kernels.layout_for(experts, variant, gated)
+    layout = kernels.layout_for(experts, variant, gated, compute)
     if layout == CANONICAL:
         return experts
     if isinstance(experts, QuantizedTensor):

@@ -62,9 +62,15 @@ def moe_mlp(
 
     No token is dropped and no routing is special: experts may be empty or take every token, an
     expert may stand twice in a row, and ids outside `[expert_offset, expert_offset + E)`
-    contribute zero, so that the shards of expert parallelism add up to the whole. Weights are
-    exact; sums are float32; the result is rounded once to x's dtype. The same inputs give the same
-    bits.
+    contribute zero, so that the shards of expert parallelism add up to the whole. The same inputs
+    give the same bits.
+
+    With `compute="w4a16"` the weights are exact, sums are float32, and the result is rounded once
+    to x's dtype. With `compute="w4a8"` (MXFP4 weights on Hopper) the tensor cores multiply e4m3: a
+    row of x or h is rounded to e4m3 times the least power of two that keeps it within 448, and a
+    block of weights whose scale is more than 2^11 below the largest of its row is rounded as
+    `jaxmoe.kernels.fragment_fp8` says; gradients are those of w4a16 on these weights, as if x and
+    h had not been rounded. `docs/accuracy.md` has the errors.
 
     Args:
       x: tokens, `[T, H]`, float32, bfloat16 or float16.
@@ -73,7 +79,8 @@ def moe_mlp(
       weights: routing weights, floating-point `[T, k]`.
       activation: what stands between the two products.
       compute: `"w4a16"`, `"w4a8"`, `"w4a4"`, or `"auto"`, which takes what the weights call for
-        where this target has it, else the nearest more accurate arithmetic.
+        where this target has it, else the nearest more accurate arithmetic. Weights declare nothing
+        today, so that auto is w4a16: `"w4a8"` has to be asked for, here and in `prepare`.
       expert_offset: id of the first local expert; an int or an `i32[]` array.
       weight_on_input: multiply x by the routing weight before the first product, and leave the
         result unweighted (Llama 4); for k = 1.
@@ -139,6 +146,7 @@ def grouped_matmul(
     bias: jax.Array | None = None,
     group_offset: int | jax.Array | None = None,
     preferred_element_type: Any = None,
+    compute: str = "auto",
     implementation: Implementation = None,
 ) -> jax.Array:
     """Multiplies each group of rows by its own FP4 matrix: `jax.lax.ragged_dot` for FP4 weights.
@@ -161,6 +169,7 @@ def grouped_matmul(
       group_offset: w holds the matrices of groups `group_offset ... group_offset + E - 1`, and the
         rows of all other groups give zero; an int or an `i32[]` array. None is 0.
       preferred_element_type: dtype of the result; x's by default.
+      compute: as in `moe_mlp`.
       implementation: as in `moe_mlp`.
 
     Returns:
@@ -193,6 +202,7 @@ def grouped_matmul(
     problem = Problem(
         op="grouped_matmul",
         weight_format=format_of(w).name,
+        compute=compute,
         activation_dtype=str(x.dtype),
         result_dtype=out_dtype.name,
         activation="identity",

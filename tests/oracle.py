@@ -101,6 +101,81 @@ def _decoded(w: Weight) -> np.ndarray:
     return w.decode() if isinstance(w, Bits) else np.asarray(w).astype(np.float64)
 
 
+# --- arithmetic ---------------------------------------------------------------------------------
+# What stands between the definition of a product in float64 and what W4A8 multiplies.
+
+
+def rounded(x: np.ndarray, mantissa_bits: int, smallest_exponent: int) -> np.ndarray:
+    """To the nearest number of so many mantissa bits, ties to even; no overflow.
+
+    Below 2^smallest_exponent, the smallest normal number, steps stay as wide as just above it.
+    """
+    exponent = np.maximum(np.frexp(x)[1] - 1, smallest_exponent)  # frexp: in [0.5, 1)
+    return np.ldexp(np.rint(np.ldexp(x, mantissa_bits - exponent)), exponent - mantissa_bits)
+
+
+_DTYPES = {"bfloat16": (7, -126), "float16": (10, -14), "float32": (23, -126)}
+
+
+def fp8_rows(x: np.ndarray) -> np.ndarray:
+    """float64: e4m3(x / s) s, where s of a row is the least power of two with max|x| / s <= 448.
+
+    s is 1 for a row of zeros, and neither s nor 1 / s is a subnormal float32.
+    """
+    fraction, exponent = np.frexp(np.abs(x).max(-1, keepdims=True, initial=0) / 448)
+    exponent = np.where(fraction == 0, 0, exponent - (fraction == 0.5))
+    exponent = np.clip(exponent, -126, 126)
+    return np.ldexp(rounded(np.ldexp(x, -exponent), 3, -6), exponent)
+
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def nearest_e2m1(magnitude: np.ndarray) -> np.ndarray:
+    """Codes 0 ... 7 of the nearest magnitudes, ties to the even code."""
+    distance = np.abs(np.asarray(magnitude)[..., None] - _E2M1)
+    nearest = distance == distance.min(-1, keepdims=True)
+    first, last = nearest.argmax(-1), 7 - nearest[..., ::-1].argmax(-1)
+    return np.where(first % 2 == 0, first, last)
+
+
+def rebased(w: Bits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """MXFP4 as W4A8 on Hopper reads it: codes[..., K], d[..., K/32], row exponents b[...].
+
+    A weight is e2m1(code) 2^d 2^(b - 127).
+    """
+    codes, scale = unpack_nibbles(w.data), np.asarray(w.scale, np.int64)
+    blocks = codes.reshape(*scale.shape, 32)
+    zero = (blocks % 8 == 0).all(-1)
+    row = np.maximum(np.where(zero, 0, scale).max(-1, initial=0) - 6, 0)
+    d = scale - row[..., None]
+    lower = np.minimum(d + 5, 0)
+    magnitude = nearest_e2m1(np.ldexp(_E2M1[blocks % 8], lower[..., None]))
+    return (blocks // 8 * 8 + magnitude).reshape(codes.shape), np.clip(d, -5, 6), row
+
+
+def decode_rebased(w: Bits) -> np.ndarray:
+    """float64[..., K]: the weights that W4A8 on Hopper multiplies."""
+    codes, d, row = rebased(w)
+    return decode_e2m1(codes) * np.ldexp(1.0, np.repeat(d + row[..., None] - 127, 32, axis=-1))
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """weight: bits -> what is multiplied; operand: rows -> what is multiplied; result: of each
+    product, from float64 and the name of x's dtype."""
+
+    weight: Callable[[Weight], np.ndarray]
+    operand: Callable[[np.ndarray], np.ndarray]
+    result: Callable[[np.ndarray, str], np.ndarray]
+
+
+ARITHMETIC: dict[str, Arithmetic] = {
+    "exact": Arithmetic(_decoded, lambda x: x, lambda y, dtype: y),
+    "w4a8": Arithmetic(decode_rebased, fp8_rows, lambda y, dtype: rounded(y, *_DTYPES[dtype])),
+}
+
+
 # --- activations --------------------------------------------------------------------------------
 # Each returns (value, d value/d gate, d value/d up). Non-gated ones take up = None and return None
 # for its derivative. Where a clamp is active its derivative is zero.
@@ -225,22 +300,24 @@ def moe_mlp(
     down_bias=None,
     expert_offset: int = 0,
     weight_on_input: bool = False,
+    arithmetic: str = "exact",
 ) -> np.ndarray:
     """float64[T, H]: sum over slots of weight * (act(x gate_up^T + bias) down^T + bias)."""
     return moe_mlp_pairs(
         x, gate_up, down, expert_ids, weights, activation=activation, params=params,
         gate_up_bias=gate_up_bias, down_bias=down_bias, expert_offset=expert_offset,
-        weight_on_input=weight_on_input,
+        weight_on_input=weight_on_input, arithmetic=arithmetic,
     ).sum(axis=1)  # fmt: skip
 
 
 def moe_mlp_pairs(
     x, gate_up, down, expert_ids, weights, *, activation="swiglu", params=(), gate_up_bias=None,
-    down_bias=None, expert_offset=0, weight_on_input=False,
+    down_bias=None, expert_offset=0, weight_on_input=False, arithmetic="exact",
 ) -> np.ndarray:  # fmt: skip
     """float64[T, k, H]: each slot's weighted contribution; zero where the id is not local."""
+    how, dtype = ARITHMETIC[arithmetic], np.asarray(x).dtype.name
     x, weights = np.asarray(x).astype(np.float64), np.asarray(weights).astype(np.float64)
-    first, second = _decoded(gate_up), _decoded(down)
+    x, first, second = how.operand(x), how.weight(gate_up), how.weight(down)
     out = np.zeros((*np.shape(expert_ids), second.shape[1]))
     for expert, tokens, slots in _local_pairs(expert_ids, expert_offset, first.shape[0]):
         weight = weights[tokens, slots][:, None]
@@ -249,9 +326,10 @@ def moe_mlp_pairs(
         if gate_up_bias is not None:
             hidden = hidden + np.asarray(gate_up_bias, np.float64)[expert]
         value, _, _ = activate(activation, hidden, _expert_params(params, expert))
-        result = value @ second[expert].T
+        result = how.operand(how.result(value, dtype)) @ second[expert].T
         if down_bias is not None:
             result = result + np.asarray(down_bias, np.float64)[expert]
+        result = how.result(result, dtype)
         out[tokens, slots] = result if weight_on_input else weight * result
     return out
 
@@ -315,9 +393,12 @@ def _groups(group_sizes, group_offset: int, num_local: int, num_rows: int):
             yield local, min(start, num_rows), min(end, num_rows)
 
 
-def grouped_matmul(x, w: Weight, group_sizes, *, bias=None, group_offset: int = 0) -> np.ndarray:
+def grouped_matmul(
+    x, w: Weight, group_sizes, *, bias=None, group_offset: int = 0, arithmetic: str = "exact"
+) -> np.ndarray:
     """float64[M, N]: rows of group g times w[g - offset]^T plus bias; all other rows zero."""
-    x, w = np.asarray(x).astype(np.float64), _decoded(w)
+    how = ARITHMETIC[arithmetic]
+    x, w = how.operand(np.asarray(x).astype(np.float64)), how.weight(w)
     out = np.zeros((x.shape[0], w.shape[1]))
     for group, start, end in _groups(group_sizes, group_offset, w.shape[0], x.shape[0]):
         out[start:end] = x[start:end] @ w[group].T

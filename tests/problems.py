@@ -120,9 +120,11 @@ class Problem:
     def oracle_args(self) -> tuple[Any, ...]:
         return self.x, self.gate_up, self.down, self.expert_ids, self.weights
 
-    def pairs(self) -> np.ndarray:
+    def pairs(self, arithmetic: str = "exact") -> np.ndarray:
         """float64[T, k, H]: what each slot adds to the output."""
-        return oracle.moe_mlp_pairs(*self.oracle_args(), **self.oracle_kwargs())
+        return oracle.moe_mlp_pairs(
+            *self.oracle_args(), **self.oracle_kwargs(), arithmetic=arithmetic
+        )
 
     def expected(self) -> np.ndarray:
         return oracle.moe_mlp(*self.oracle_args(), **self.oracle_kwargs())
@@ -573,13 +575,14 @@ class GroupedProblem:
     group_sizes: np.ndarray
     bias: np.ndarray | None
 
-    def expected(self) -> np.ndarray:
+    def expected(self, arithmetic: str = "exact") -> np.ndarray:
         return oracle.grouped_matmul(
             self.x,
             self.w,
             self.group_sizes,
             bias=self.bias,
             group_offset=self.spec.group_offset or 0,
+            arithmetic=arithmetic,
         )
 
     def call_args(self) -> tuple[Any, ...]:

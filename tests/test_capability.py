@@ -89,8 +89,7 @@ def grid(text: str) -> list[tuple[str, str, str]]:
     ]
 
 
-# Every kernel of DESIGN 5 is built but sm90_w4a8, which is not written. Explicit arithmetic is
-# strict: "-" is a refusal.
+# Every kernel of DESIGN 5 is built. Explicit arithmetic is strict: "-" is a refusal.
 STRICT = """
 target   nvfp4/w4a16  nvfp4/w4a8  nvfp4/w4a4  mxfp4/w4a16  mxfp4/w4a8  mxfp4/w4a4
 sm_70    xla          -           -           xla          -           -
@@ -99,7 +98,7 @@ sm_80    sm80_w4a16   -           -           sm80_w4a16   -           -
 sm_86    sm80_w4a16   -           -           sm80_w4a16   -           -
 sm_87    xla          -           -           xla          -           -
 sm_89    sm80_w4a16   -           -           sm80_w4a16   -           -
-sm_90    sm90_w4a16   -           -           sm90_w4a16   -           -
+sm_90    sm90_w4a16   -           -           sm90_w4a16   sm90_w4a8   -
 sm_100   sm80_w4a16   -           sm100_w4a4  sm80_w4a16   sm100_w4a8  -
 sm_101   xla          -           -           xla          -           -
 sm_103   sm80_w4a16   -           sm100_w4a4  sm80_w4a16   sm100_w4a8  -
@@ -123,7 +122,7 @@ sm_80    sm80_w4a16   sm80_w4a16  sm80_w4a16  sm80_w4a16   sm80_w4a16  sm80_w4a1
 sm_86    sm80_w4a16   sm80_w4a16  sm80_w4a16  sm80_w4a16   sm80_w4a16  sm80_w4a16
 sm_87    xla          xla         xla         xla          xla         xla
 sm_89    sm80_w4a16   sm80_w4a16  sm80_w4a16  sm80_w4a16   sm80_w4a16  sm80_w4a16
-sm_90    sm90_w4a16   sm90_w4a16  sm90_w4a16  sm90_w4a16   sm90_w4a16  sm90_w4a16
+sm_90    sm90_w4a16   sm90_w4a16  sm90_w4a16  sm90_w4a16   sm90_w4a8   sm90_w4a8
 sm_100   sm80_w4a16   sm80_w4a16  sm100_w4a4  sm80_w4a16   sm100_w4a8  sm100_w4a8
 sm_101   xla          xla         xla         xla          xla         xla
 sm_103   sm80_w4a16   sm80_w4a16  sm100_w4a4  sm80_w4a16   sm100_w4a8  sm100_w4a8
@@ -146,7 +145,7 @@ sm120_w4a4     S   S   S    S    U    U    U        B    B    S   P    P    P
 sm120_w4a8     S   S   S    S    U    U    U        F    F    S   P    P    P
 sm100_w4a4     S   S   B    B    U    U    U        S    S    S   P    P    P
 sm100_w4a8     S   S   F    F    U    U    U        S    S    S   P    P    P
-sm90_w4a8      S   B   S    S    U    U    U        S    S    S   P    P    P
+sm90_w4a8      S   F   S    S    U    U    U        S    S    S   P    P    P
 sm90_w4a16     S   B   S    S    U    U    U        S    S    S   P    P    P
 sm80_w4a16     B   B   B    B    U    U    U        B    B    S   P    P    P
 trtllm_gen     S   S   J    J    U    U    U        S    S    S   P    P    P
@@ -268,7 +267,13 @@ REFUSALS = [
      ["this build holds no sm90 library", "JAXMOE_CUDA_FAMILIES=sm90"]),
     ("cpu_avx2", {}, "cpu", "NOT_BUILT", ["jaxmoe._cpu", "C++17 compiler"]),
     ("sm90_w4a8", {"weight_format": "mxfp4", "compute": "w4a8"}, "h100", "NOT_BUILT",
-     ["not written yet", "sm90_w4a16", "compute='w4a16'"]),
+     ["this build holds no sm90 library", "JAXMOE_CUDA_FAMILIES=sm90"]),
+    ("sm90_w4a8", {"compute": "w4a8"}, "h100", "FORMAT_UNSUPPORTED",
+     ["requires mxfp4 weights; got nvfp4", "6 significant bits", "e4m3 has 4", "2.2 %"]),
+    ("sm90_w4a8", {"weight_format": "mxfp4"}, "h100", "COMPUTE_UNSUPPORTED",
+     ["computes w4a8 with mxfp4", "takes nothing less accurate", "compute='w4a8'"]),
+    ("sm90_w4a8", {"weight_format": "mxfp4", "compute": "w4a8", "activation_dtype": "float32"},
+     "h100", "DTYPE_UNSUPPORTED", ["bfloat16 or float16", "got float32"]),
     ("sm90_w4a16", {"activation_dtype": "float32"}, "h100", "DTYPE_UNSUPPORTED",
      ["bfloat16 or float16", "got float32", "cast x"]),
     ("sm90_w4a16", {"op": "grouped_matmul", "result_dtype": "float32"}, "h100",
@@ -418,6 +423,15 @@ class TestRequest:
                 ("nvfp4", "mxfp4"), ("auto", "w4a16", "w4a8", "w4a4")
             ):
                 assert choice(problem(weight_format, compute), machine, name) == "-"
+
+    @pytest.mark.parametrize("op", ["moe_mlp", "grouped_matmul"])
+    def test_w4a8_on_hopper_has_to_be_asked_for(self, op):
+        hopper = target("h100", ["sm90_w4a8", "sm90_w4a16"])
+        for weight_format in ("nvfp4", "mxfp4"):
+            assert choice(problem(weight_format, op=op), hopper) == "sm90_w4a16"
+        asked = resolve(problem("mxfp4", "w4a8", op=op), hopper)
+        assert (asked.selected, asked.layout) == ("sm90_w4a8", "sm90_fragment_fp8")
+        assert choice(problem("mxfp4", "w4a8", op=op), target("h100", ["sm90_w4a16"])) == "-"
 
     def test_auto_never_takes_less_accurate_arithmetic(self):
         blackwell = target("sm_120", ["sm120_w4a4", "sm120_w4a8"])

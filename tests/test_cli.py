@@ -124,7 +124,7 @@ def test_bad_arguments_exit_with_2_and_name_the_argument(run, arguments, complai
 # checkpoint declares W4A4 (NVFP4) or W4A8 (MXFP4).
 SELECTED = {
     ("sm_90", "nvfp4"): ("sm90_w4a16", "w4a16"),
-    ("sm_90", "mxfp4"): ("sm90_w4a16", "w4a16"),
+    ("sm_90", "mxfp4"): ("sm90_w4a8", "w4a8"),
     ("sm_100", "nvfp4"): ("sm100_w4a4", "w4a4"),
     ("sm_100", "mxfp4"): ("sm100_w4a8", "w4a8"),
     ("sm_103", "nvfp4"): ("sm100_w4a4", "w4a4"),
@@ -258,6 +258,18 @@ def test_doctor_reports_the_installation(run):
 
 
 @pytest.mark.usefixtures("nothing_built")
+def test_doctor_asks_every_variant_for_arithmetic_that_it_has():
+    """Else a variant would be left out as unable, on the very machine that it is for."""
+    able = [row for row in jaxmoe.capability.TABLE if row.never is None]
+    for row in able:
+        rejected = _doctor.try_resolve(
+            _doctor._problem(row), jaxmoe.Target.from_name("h100", built={"sm90_w4a8"}), row.variant
+        ).rejected
+        assert not {r.reason.name for r in rejected if r.variant == row.variant} & {
+            "FORMAT_UNSUPPORTED", "COMPUTE_UNSUPPORTED", "DTYPE_UNSUPPORTED",
+        }  # fmt: skip
+
+
 def test_doctor_says_that_cuda_families_are_absent(run, monkeypatch):
     monkeypatch.setattr(_doctor, "run_checks", lambda: [_doctor.Check("all", True, "fine")])
     code, out, _ = run("doctor")

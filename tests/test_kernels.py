@@ -2,17 +2,19 @@
 
 import concurrent.futures
 import functools
+import itertools
 import re
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 import jaxmoe
 from jaxmoe import capability, kernels
-from jaxmoe.kernels import cpu, fragment, layouts, native, panel, sm90, xla
+from jaxmoe.kernels import cpu, fragment, fragment_fp8, layouts, native, panel, sm90, xla
 
 KEY = jax.random.key(0)
 
@@ -52,13 +54,10 @@ def test_hopper_manifest_and_table_agree_in_both_directions():
         pytest.skip(why)
     rows = [row for row in capability.TABLE if row.family == "sm90"]
     assert capability.check_manifest(module.manifest(), rows) == []
-    assert {row.layout for row in rows} == {fragment.NAME}
-    (variant,) = module.manifest()["variants"]
     assert module.manifest()["library"] == "sm90"
     assert re.fullmatch("[0-9a-f]{12}", module.manifest()["build"])
-    assert (
-        max(sm90.tactics(variant).values()) == module.manifest()["variants"][variant]["smem_bytes"]
-    )
+    for name, variant in module.manifest()["variants"].items():
+        assert max(sm90.tactics(name).values()) == variant["smem_bytes"]
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -230,7 +229,10 @@ def hopper_library(monkeypatch):
     module = types.SimpleNamespace(
         manifest=lambda: {
             "build": "0123456789ab",
-            "variants": {"sm90_w4a16": {"tactics": {"small": 1}}},
+            "variants": {
+                "sm90_w4a16": {"tactics": {"small": 1}},
+                "sm90_w4a8": {"tactics": {"small": 1}},
+            },
         },
         registrations=dict,
         workspace_bytes=workspace_bytes,
@@ -271,6 +273,82 @@ def test_hopper_calls_lower_to_one_versioned_custom_call(hopper_library, fmt):
     assert re.findall(r"custom_call @(jaxmoe\w+)", text) == ["jaxmoe_grouped_matmul_sm90_v1"]
 
 
+def test_w4a8_lowers_to_the_same_calls_where_it_is_asked_for(hopper_library):
+    x, ids, w = call(dtype=jnp.bfloat16)
+    canonical = experts("mxfp4")
+    with jaxmoe.override(target="h100"):
+        prepared = jaxmoe.prepare(canonical, compute="w4a8")
+        assert jaxmoe.prepare(canonical).layout == fragment.NAME
+    assert prepared.layout == fragment_fp8.NAME
+    for weights in (prepared, canonical):
+        text = lowered_for_hopper(
+            lambda x, e: jaxmoe.moe_mlp(x, e, ids, w, compute="w4a8"), x, weights
+        )
+        assert re.findall(r"custom_call @(jaxmoe\w+)", text) == ["jaxmoe_moe_mlp_sm90_v1"]
+        for attribute in ('tactic = ""', 'variant = "sm90_w4a8"', 'format = "mxfp4"'):
+            assert attribute in text
+    assert {sizes["variant"] for _, sizes in hopper_library} == {"sm90_w4a8"}
+    sizes = jnp.array([1, 2, 0, 2], jnp.int32)
+    for weights in (prepared.down, canonical.down):
+        text = lowered_for_hopper(
+            lambda x, m: jaxmoe.grouped_matmul(x, m, sizes, compute="w4a8"),
+            x[:, :32].astype(jnp.float16),
+            weights,
+        )
+        assert re.findall(r"custom_call @(jaxmoe\w+)", text) == ["jaxmoe_grouped_matmul_sm90_v1"]
+        assert 'variant = "sm90_w4a8"' in text
+
+
+@pytest.mark.usefixtures("hopper_library")
+def test_weights_prepared_for_other_arithmetic_are_refused_with_the_way_out():
+    x, ids, w = call(dtype=jnp.bfloat16)
+    sizes = jnp.array([1, 2, 0, 2], jnp.int32)
+    prepared = {}
+    with jaxmoe.override(target="h100"):
+        for compute in ("w4a16", "w4a8"):
+            prepared[compute] = jaxmoe.prepare(experts("mxfp4"), compute=compute)
+        for have, want in itertools.permutations(prepared):
+            message = (
+                rf"prepared in layout '{prepared[have].layout}', but sm90_{want}, which was "
+                rf"selected for this call, reads '{prepared[want].layout}'; pass the canonical "
+                rf"weights, or prepare\(weights, 'sm90_{want}', compute='{want}'\), or "
+                rf"compute='{have}' to use them as they are"
+            )
+            with pytest.raises(ValueError, match=message):
+                jaxmoe.moe_mlp(x, prepared[have], ids, w, compute=want)
+            with pytest.raises(ValueError, match=message):
+                jaxmoe.grouped_matmul(x[:, :32], prepared[have].down, sizes, compute=want)
+        with pytest.raises(jaxmoe.UnsupportedError, match=r"pass compute='w4a8' to accept"):
+            jaxmoe.prepare(experts("mxfp4"), "sm90_w4a8")
+        with pytest.raises(jaxmoe.UnsupportedError, match=r"6 significant bits of which e4m3"):
+            jaxmoe.prepare(experts("nvfp4"), "sm90_w4a8", compute="w4a8")
+
+
+@pytest.mark.usefixtures("hopper_library")
+def test_gradients_of_w4a8_are_those_of_the_weights_that_it_multiplies(monkeypatch):
+    """Straight through the rounding of activations; the kernel's place is taken by xla."""
+    monkeypatch.setattr(sm90, "moe_mlp", lambda config, variant, *rest: xla.moe_mlp(config, *rest))
+    monkeypatch.setattr(sm90, "grouped_matmul", lambda variant, *rest: xla.grouped_matmul(*rest))
+    x, ids, w = call(dtype=jnp.bfloat16)
+    canonical, sizes = experts("mxfp4"), jnp.array([1, 2, 0, 2], jnp.int32)
+
+    def gradients(weights, **kwargs):
+        def mlp_loss(x, w):
+            return jaxmoe.moe_mlp(x, weights, ids, w, **kwargs).astype(jnp.float32).sum()
+
+        def grouped_loss(x):
+            y = jaxmoe.grouped_matmul(x, weights.gate_up, sizes, **kwargs)
+            return y.astype(jnp.float32).sum()
+
+        return *jax.grad(mlp_loss, (0, 1))(x, w), jax.grad(grouped_loss)(x)
+
+    want = gradients(canonical, implementation="xla")
+    with jaxmoe.override(target="h100"):
+        prepared = jaxmoe.prepare(canonical, compute="w4a8")
+        for ours, theirs in zip(gradients(prepared, compute="w4a8"), want, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.usefixtures("hopper_library")
 def test_what_the_hopper_kernels_cannot_do_lowers_to_xla():
     x, ids, w = call()
@@ -294,7 +372,10 @@ def test_xla_reads_every_layout(fmt):
     rest = (ids, w, jaxmoe.SwiGLU().params(4), jnp.int32(0))
     run = jax.jit(functools.partial(xla.moe_mlp, config))
     want = run(x, canonical, *rest)
-    for layout in layouts.LAYOUTS.values():
+    for name, layout in layouts.LAYOUTS.items():
+        readers = [row for row in capability.TABLE if row.layout == name and not row.never]
+        if not any(fmt in row.weight_formats for row in readers):
+            continue
         prepared = jaxmoe.ExpertWeights(
             layout.pack(canonical.gate_up, True), layout.pack(canonical.down, False)
         )
@@ -329,6 +410,36 @@ def test_hopper_self_test_judges_numbers_inside_any_trace(monkeypatch, factor):
             assert re.match(r"a relative error of 1\.\de-01 with nvfp4 weights", reason)
 
 
+def with_oracle(config, variant, x, experts, ids, weights, params, offset):
+    """What a right W4A8 kernel gives, on the CPU."""
+
+    def bits(matrix):
+        w = layouts.unpack(matrix, jnp.arange(matrix.shape[0]))
+        return oracle.Bits("mxfp4", np.asarray(w.packed()), np.asarray(w.scale).view(np.uint8))
+
+    y = oracle.moe_mlp(
+        np.asarray(x), bits(experts.gate_up), bits(experts.down), np.asarray(ids),
+        np.asarray(weights), arithmetic="w4a8",
+    )  # fmt: skip
+    return jnp.asarray(y, x.dtype)
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_hopper_self_test_of_w4a8_knows_what_is_rounded(monkeypatch, rounds):
+    """The oracle's numbers pass; those of unrounded activations do not."""
+
+    def unrounded(config, variant, *rest):
+        return xla.moe_mlp(config, *rest)
+
+    monkeypatch.setattr(sm90, "moe_mlp", with_oracle if rounds else unrounded)
+    monkeypatch.setattr(sm90, "_device", lambda: jax.local_devices(backend="cpu")[0])
+    found = sm90.self_test.__wrapped__("sm90_w4a8")
+    if rounds:
+        assert found == ""
+    else:
+        assert re.match(r"a relative error of \d\.\de-02 with mxfp4 weights", found)
+
+
 def test_hopper_self_test_without_a_hopper_gpu_has_nothing_to_say():
     if sm90._device() is None:
-        assert sm90.self_test("sm90_w4a16") == ""
+        assert {sm90.self_test(variant) for variant in sm90._TESTED} == {""}

@@ -341,6 +341,16 @@ def test_prepare_changes_the_layout_and_no_number():
     np.testing.assert_array_equal(jax.jit(lambda m, x: m(x))(ready, x), layer(x))
 
 
+def test_prepare_is_for_the_layers_own_arithmetic():
+    target = jaxmoe.Target.from_name("h100", built={"sm90_w4a16", "sm90_w4a8"})
+    with jaxmoe.override(target=target):
+        for compute, layout in (("auto", "sm90_fragment"), ("w4a8", "sm90_fragment_fp8")):
+            layer = make(weight_format="mxfp4", compute=compute)
+            assert layer.prepare().layout == layer.explain("bfloat16").layout == layout
+        with pytest.raises(jaxmoe.UnsupportedError, match="6 significant bits"):
+            make(weight_format="nvfp4", compute="w4a8").prepare()
+
+
 def test_prepared_layer_repacks_nothing():
     """Inside jit, the call of a prepared layer touches no weight byte outside its kernel."""
     layer = make(weight_format="nvfp4")

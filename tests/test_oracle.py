@@ -37,6 +37,92 @@ def test_every_code_decodes_as_ml_dtypes_does(decode, dtype, bits):
     np.testing.assert_array_equal(np.signbit(got[number]), np.signbit(want[number]))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "digits", "largest"),
+    [
+        (ml_dtypes.float8_e4m3fn, (3, -6), 448),
+        (ml_dtypes.bfloat16, (7, -126), 3e38),
+        (np.float16, (10, -14), 65504),
+    ],
+)
+def test_rounding_is_that_of_ml_dtypes(dtype, digits, largest):
+    """Every float16, ties and subnormals of e4m3 among them, and float32 of every size."""
+    rng = np.random.default_rng(0)
+    with np.errstate(invalid="ignore"):
+        x = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    wide = rng.standard_normal(2**14) * np.exp2(rng.integers(-30, 30, 2**14))
+    x = np.concatenate([x, np.float32(wide)])
+    x = x[np.abs(x) <= largest]
+    got = oracle.rounded(x.astype(np.float64), *digits)
+    np.testing.assert_array_equal(got, x.astype(dtype).astype(np.float64))
+    np.testing.assert_array_equal(np.signbit(got), np.signbit(x))
+
+
+def test_rows_are_rounded_to_e4m3_with_the_least_power_of_two():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 96)) * np.exp2(rng.integers(-90, 90, (400, 1)))
+    x[:8, 0] = [448, 449, 448 * 2.0**20, 224, 225, 1, -448, 1e-30]
+    x[:8, 1:] = 0
+    x = x.astype(ml_dtypes.bfloat16).astype(np.float64)
+    got = oracle.fp8_rows(x)
+    for row, want in zip(x, got, strict=True):
+        s = next(s for s in np.exp2(np.arange(-126.0, 127)) if np.abs(row).max() <= 448 * s)
+        e4m3 = np.float32(row / s).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        np.testing.assert_array_equal(want, e4m3 * s)
+    normal = np.abs(x) >= np.abs(x).max(-1, keepdims=True) * 2.0**-13
+    assert (np.abs(got - x)[normal] <= 2.0**-4 * np.abs(x)[normal]).all()
+    assert not oracle.fp8_rows(np.zeros((2, 3))).any()
+    # Neither s nor 1 / s is subnormal, though the largest value would ask for it.
+    assert oracle.fp8_rows(np.float64([[2.0**-126]])) == 2.0**-126
+    assert oracle.fp8_rows(np.float64([[2.0**-136]])) == 0
+
+
+def test_e2m1_is_rounded_to_even():
+    """All midpoints of the grid, and a little to each side of them."""
+    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    for code in range(7):
+        middle = (table[code] + table[code + 1]) / 2
+        want = [code, code + code % 2, code + 1]
+        got = oracle.nearest_e2m1(np.array([middle - 1e-9, middle, middle + 1e-9]))
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(oracle.nearest_e2m1(table), np.arange(8))
+
+
+def test_rebasing_leaves_what_is_near_the_largest_scale():
+    scale = np.uint8([[[200, 189, 188, 0]], [[5, 11, 0, 3]], [[0, 0, 0, 0]]])
+    data = np.full((3, 1, 64), 0x21, np.uint8)  # 0.5, 1, 0.5, 1, ...
+    w = oracle.Bits("mxfp4", data, scale)
+    codes, d, row = oracle.rebased(w)
+    np.testing.assert_array_equal(row, [[194], [5], [0]])
+    np.testing.assert_array_equal(d, [[[6, -5, -5, -5]], [[0, 6, -5, -2]], [[0, 0, 0, 0]]])
+    np.testing.assert_array_equal(codes[0, 0, ::32], [1, 1, 0, 0])
+    np.testing.assert_array_equal(codes[0, 0, 1::32], [2, 2, 1, 0])
+    np.testing.assert_array_equal(oracle.decode_rebased(w)[1:], w.decode()[1:])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_w4a8_is_the_double_loop_of_its_definition(dtype):
+    spec = Spec(
+        tokens=5, num_experts=4, num_total=6, expert_offset=1, bias=True, dtype=dtype,
+        weight_format="mxfp4", scales="wide",
+    )  # fmt: skip
+    p = problems.random_problem(spec)
+    first, second = oracle.decode_rebased(p.gate_up), oracle.decode_rebased(p.down)
+    want, cast = np.zeros((5, 2, 96)), problems.DTYPES[dtype]
+    for t, j in np.ndindex(5, 2):
+        e = int(p.expert_ids[t, j]) - 1
+        if not 0 <= e < 4:
+            continue
+        h = first[e] @ oracle.fp8_rows(p.x[t].astype(np.float64)) + p.gate_up_bias[e]
+        gate, up = np.split(h, 2)
+        h = np.float32(gate / (1 + np.exp(-gate)) * up).astype(cast).astype(np.float64)
+        y = second[e] @ oracle.fp8_rows(h) + p.down_bias[e]
+        want[t, j] = float(p.weights[t, j]) * np.float32(y).astype(cast).astype(np.float64)
+    np.testing.assert_allclose(p.pairs("w4a8"), want, rtol=1e-12, atol=1e-12)
+    error = np.linalg.norm(p.pairs("w4a8") - p.pairs()) / np.linalg.norm(p.pairs())
+    assert 1e-3 < error < 0.06
+
+
 def test_e2m1_table_and_nibble_order():
     table = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     np.testing.assert_array_equal(oracle.decode_e2m1(np.arange(16)), table + [-v for v in table])

@@ -37,9 +37,10 @@ nb::dict manifest() {
   for (const Variant variant : built_variants()) {
     nb::dict entry;
     entry["features"] = required_features(variant);
+    entry["layout"] = "panel32";
     variants[variant_name(variant)] = entry;
   }
-  return jaxmoe::library_manifest(kAbi, "cpu", "panel32", variants);
+  return jaxmoe::library_manifest(kAbi, "cpu", variants);
 }
 
 Variant built_variant(const std::string& name) {

@@ -17,9 +17,9 @@ inline nanobind::capsule handler(XLA_FFI_Handler* function) {
   return nanobind::capsule(reinterpret_cast<void*>(function), "xla._CUSTOM_CALL_TARGET");
 }
 
-// The manifest of a library whose variants all have every format, activation and operation.
-inline nanobind::dict library_manifest(int abi, const char* library, const char* layout,
-                                       nanobind::dict variants) {
+// The manifest of a library whose variants have every format, activation and operation; a variant
+// states what is its own, the layout of its weights among it.
+inline nanobind::dict library_manifest(int abi, const char* library, nanobind::dict variants) {
   nanobind::list formats, activations, ops;
   for (int i = 0; i < cpu::kNumFormats; ++i) {
     formats.append(cpu::format_name(static_cast<cpu::Format>(i)));
@@ -33,7 +33,6 @@ inline nanobind::dict library_manifest(int abi, const char* library, const char*
   result["abi"] = abi;
   result["library"] = library;
   result["build"] = JAXMOE_BUILD_ID;  // of the kernels' sources and compiler (CMakeLists.txt)
-  result["layout"] = layout;
   result["variants"] = variants;
   result["formats"] = formats;
   result["activations"] = activations;

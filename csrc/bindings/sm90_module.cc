@@ -53,7 +53,7 @@ nb::dict manifest() {
   nb::dict variants;
   variants[kSm90W4A16] = variant("sm90_fragment", sm90::Format::kNvfp4);
   variants[kSm90W4A8] = w4a8;
-  return library_manifest(kAbi, "sm90", "sm90_fragment", variants);
+  return library_manifest(kAbi, "sm90", variants);
 }
 
 // The format decides the workspace only by the width of the activations.

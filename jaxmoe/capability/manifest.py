@@ -12,14 +12,15 @@ def check_manifest(manifest: Mapping[str, Any], rows: Iterable[Row]) -> list[str
     """What a library says of itself and the table does not, and the other way round.
 
     >>> from jaxmoe.capability import TABLE, check_manifest
-    >>> manifest = {"variants": {}, "formats": [], "activations": [], "layout": "panel32"}
+    >>> manifest = {"variants": {}, "formats": [], "activations": []}
     >>> check_manifest(manifest, [row for row in TABLE if row.variant == "cpu_avx2"])
     ['cpu_avx2: in the table, but the library has no such kernel']
 
     Args:
-      manifest: `{"variants": {name: {"features": [...]}}, "formats": [...], "activations": [...],
-        "layout": name}`. What a variant states itself is stronger than what the library states for
-        all; `ops`, `activation_dtypes`, `sms` and `smem_bytes` are compared where stated.
+      manifest: `{"variants": {name: {"layout": name, "features": [...]}}, "formats": [...],
+        "activations": [...]}`. What a variant states itself (`formats` of its own, say) is stronger
+        than what the library states for all; `ops`, `activation_dtypes`, `sms` and `smem_bytes` are
+        compared where stated.
       rows: the rows that this library ought to serve.
 
     Returns:

@@ -74,9 +74,10 @@ def _format(row: Row, problem: Problem, target: Target, table: Sequence[Row]) ->
     if problem.weight_format in row.weight_formats:
         return None
     formats = " or ".join(sorted(row.weight_formats))
+    because = f" ({row.other_formats})" if row.other_formats else ""
     return (
-        f"requires {formats} weights; got {problem.weight_format}: quantise to {formats} with "
-        "jaxmoe.quantize"
+        f"requires {formats} weights; got {problem.weight_format}{because}: quantise to {formats} "
+        "with jaxmoe.quantize"
     )
 
 

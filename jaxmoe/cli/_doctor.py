@@ -162,7 +162,7 @@ def _attempt(name: str, check: Callable[[Row], tuple[bool | None, str]], row: Ro
 
 def _obstacle(row: Row) -> str:
     """Why this machine cannot run a variant, or ""."""
-    problem = _problem(row, "nvfp4", "bfloat16")
+    problem = _problem(row)
     # Built and tested or not is what the checks find out; here the machine alone counts.
     here = _host() if row.platform in (None, "cpu") else find_target(None)
     target = dataclasses.replace(here, disqualified=())
@@ -175,10 +175,12 @@ def _host() -> Any:
     return find_target("cpu")
 
 
-def _problem(row: Row, weight_format: str, dtype: str) -> Problem:
+def _problem(row: Row) -> Problem:
+    """A small layer with weights and arithmetic that the row has."""
+    weight_format, compute = sorted(row.arithmetic)[0]
     return Problem(
         weight_format=weight_format,
-        activation_dtype=dtype,
+        compute=compute,
         hidden_size=TINY.hidden_size,
         intermediate_size=TINY.intermediate_size,
         num_experts=TINY.num_experts,

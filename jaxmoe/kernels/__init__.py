@@ -98,7 +98,9 @@ def _choice(key: tuning.Key) -> tuning.Choice:
     return tuning.lookup(key, names, build_id(key.variant) if names else "")
 
 
-def layout_for(experts: ExpertWeights | QuantizedTensor, variant: str | None, gated: bool) -> str:
+def layout_for(
+    experts: ExpertWeights | QuantizedTensor, variant: str | None, gated: bool, compute: str
+) -> str:
     """The layout that `variant`, or the variant selected for the current target, reads."""
     grouped = isinstance(experts, QuantizedTensor)
     w = experts if isinstance(experts, QuantizedTensor) else experts.down
@@ -107,7 +109,7 @@ def layout_for(experts: ExpertWeights | QuantizedTensor, variant: str | None, ga
     problem = Problem(
         op="grouped_matmul" if grouped else "moe_mlp",
         weight_format=format_of(w).name,
-        compute="auto",
+        compute=compute,
         activation_dtype="bfloat16",
         activation="swiglu" if gated else "identity",
         bias=False,
@@ -130,23 +132,26 @@ def lay_out(weights: Any, resolution: Resolution, gated: bool) -> Any:
     Raises:
       ValueError: if they were prepared for a variant of another layout.
     """
-    want = _ROWS[resolution.variant].layout
+    row = _ROWS[resolution.variant]
     w = weights.down if isinstance(weights, ExpertWeights) else weights
     have = w.layout if isinstance(w, PreparedMatrix) else CANONICAL
-    if have == want:
+    if have == row.layout:
         return weights
     if have != CANONICAL:
+        compute = resolution.compute
+        readers = {c for r in TABLE if r.layout == have and not r.never for _, c in r.arithmetic}
+        as_they_are = [f"compute={c!r} to use them as they are" for c in readers - {compute}]
+        ways_out = ["the canonical weights", f"prepare(weights, {row.variant!r}, {compute=})"]
         raise ValueError(
-            f"weights were prepared in layout {have!r}, but {resolution.selected}, which was "
-            f"selected for this call, reads {want!r}; pass the canonical weights, or "
-            f"prepare(weights, {resolution.selected!r})"
+            f"weights were prepared in layout {have!r}, but {row.variant}, which was selected for "
+            f"this call, reads {row.layout!r}; pass {', or '.join(ways_out + as_they_are)}"
         )
     if not isinstance(weights, ExpertWeights):
-        return to_layout(weights, want, gated=gated)
+        return to_layout(weights, row.layout, gated=gated)
     return dataclasses.replace(
         weights,
-        gate_up=to_layout(weights.gate_up, want, gated=gated),
-        down=to_layout(weights.down, want, gated=False),
+        gate_up=to_layout(weights.gate_up, row.layout, gated=gated),
+        down=to_layout(weights.down, row.layout, gated=False),
     )
 
 

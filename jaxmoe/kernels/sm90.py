@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
-from collections.abc import Mapping
-from types import ModuleType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import jax
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.activations import SwiGLU
-from jaxmoe.experts import ExpertWeights
+from jaxmoe.experts import ExpertWeights, PreparedMatrix
 from jaxmoe.formats import FLOAT4_E2M1, Format, get_format
-from jaxmoe.kernels import fragment, native
+from jaxmoe.kernels import fragment, fragment_fp8, native
 from jaxmoe.kernels.xla import MlpConfig
 from jaxmoe.quantization import QuantizedTensor
 
@@ -75,7 +76,34 @@ def grouped_matmul(variant: str, *operands: Any, tactic: str = "") -> jax.Array:
 # ---- self-test -----------------------------------------------------------------------------------
 
 _EXPERTS, _TOP_K, _TOKENS, _HIDDEN, _INTERMEDIATE = 4, 2, 5, 96, 64
-_TOLERANCE = 1e-2  # bfloat16 rounds inputs of the second product and the result, 2^-9 each
+# bfloat16 rounds inputs of the second product and the result, 2^-9 each. Sums of e4m3 products keep
+# about 14 bits: one in hundreds of the values between the products then falls to the other side of
+# its rounding to e4m3, and is off by 2^-4 or so.
+_TOLERANCE = 1e-2
+
+
+def _fp8_rows(x: np.ndarray) -> np.ndarray:
+    """Rows `f64[..., K]` as a W4A8 kernel multiplies them: e4m3 times a power of two for each."""
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    s = 2.0 ** np.ceil(np.log2(np.where(largest > 0, largest, 448) / 448))
+    return (x / s).astype(jnp.float8_e4m3fn).astype(np.float64) * s
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tested:
+    """How a variant is tested: its formats, how it packs them, and the rows that it multiplies."""
+
+    formats: tuple[str, ...]
+    pack: Callable[[QuantizedTensor, bool], PreparedMatrix]
+    rows: Callable[[np.ndarray], np.ndarray]
+
+
+_TESTED: Mapping[str, _Tested] = MappingProxyType(
+    {
+        "sm90_w4a16": _Tested(("nvfp4", "mxfp4"), fragment.pack, lambda x: x),
+        "sm90_w4a8": _Tested(("mxfp4",), fragment_fp8.pack, _fp8_rows),
+    }
+)
 
 
 @functools.cache
@@ -90,7 +118,7 @@ def self_test(variant: str) -> str:
 
     def run() -> str:
         with jax.default_device(device):
-            reasons = (_try(variant, get_format(name)) for name in ("nvfp4", "mxfp4"))
+            reasons = (_try(variant, get_format(name)) for name in _TESTED[variant].formats)
             return next(filter(None, reasons), "")
 
     # A variant is first selected while a caller's function is traced, perhaps for a mesh: another
@@ -109,23 +137,24 @@ def _device() -> Any:
 
 
 def _try(variant: str, fmt: Format) -> str:
-    rng = np.random.default_rng(0)
+    rng, tested = np.random.default_rng(0), _TESTED[variant]
     gate_up, gate_up_values = _random_weight(rng, 2 * _INTERMEDIATE, _HIDDEN, fmt)
     down, down_values = _random_weight(rng, _HIDDEN, _INTERMEDIATE, fmt)
     x = np.asarray(rng.standard_normal((_TOKENS, _HIDDEN)), jnp.bfloat16)
     ids = rng.integers(0, _EXPERTS, (_TOKENS, _TOP_K)).astype(np.int32)
     weights = rng.uniform(0.5, 1.0, ids.shape).astype(np.float32)
-    want = np.zeros(x.shape)
+    want, rows = np.zeros(x.shape), tested.rows(x.astype(np.float64))
     for t, j in np.ndindex(*ids.shape):
-        gate, up = np.split(gate_up_values[ids[t, j]] @ x[t].astype(np.float64), 2)
-        want[t] += weights[t, j] * (down_values[ids[t, j]] @ (gate / (1 + np.exp(-gate)) * up))
+        gate, up = np.split(gate_up_values[ids[t, j]] @ rows[t], 2)
+        h = (gate / (1 + np.exp(-gate)) * up).astype(x.dtype).astype(np.float64)
+        want[t] += weights[t, j] * (down_values[ids[t, j]] @ tested.rows(h))
     activation = SwiGLU()
     try:
         y = moe_mlp(
             MlpConfig(type(activation), weight_on_input=False),
             variant,
             jnp.asarray(x),
-            ExpertWeights(fragment.pack(gate_up, True), fragment.pack(down, False)),
+            ExpertWeights(tested.pack(gate_up, True), tested.pack(down, False)),
             jnp.asarray(ids),
             jnp.asarray(weights),
             activation.params(_EXPERTS),

@@ -80,7 +80,8 @@ def prepare(model: M, variant: str | None = None) -> M:
 
     Args:
         model: an NNX module holding `MoE` layers, or one such layer.
-        variant: name of a kernel variant; None takes what `MoE.explain` selects for each layer.
+        variant: name of a kernel variant; None takes what `MoE.explain` selects for each layer, by
+            the layer's `compute` among others.
 
     Returns:
         The copy; `model` is not changed.

@@ -391,7 +391,9 @@ class MoE(nnx.Module):
             def one_layer(experts: ExpertWeights) -> Any:
                 if experts.down.ndim > 3:  # a stack of layers
                     return jax.lax.map(one_layer, experts)
-                return prepare_experts(experts, variant, gated=self.activation.gated)
+                return prepare_experts(
+                    experts, variant, gated=self.activation.gated, compute=self.compute
+                )
 
             experts = one_layer(ExpertWeights(value(self.gate_up), value(self.down)))
             for name in ("gate_up", "down"):
