@@ -56,22 +56,25 @@ def slow_pack(data, scale, gated):
         return None if row >= n // 2 else row + half * (n // 2)
 
     out = bytearray()
-    for s, b in itertools.product(range(strips), range(blocks)):
-        for half, w, g, c, j in itertools.product(*map(range, (2, 4, 8, 4, 4))):
-            row, dword = source(s, w, g, half), 0
-            for i in range(8):
-                at = 128 * b + 32 * j + 4 * c + (i if i < 4 else 16 + i - 4)
-                code = 0 if row is None or at >= k else int(codes[row, at])
-                sign = 7 + 8 * i if i < 4 else 3 + 8 * (i - 4)
-                dword |= (code & 7) << 4 * i | (code >> 3) << sign
-            out += dword.to_bytes(4, "little")
-        for w, g, half, j in itertools.product(*map(range, (4, 8, 2, 4))):
-            row, block = source(s, w, g, half), 4 * b + j
-            inside = row is not None and block < k // 32
-            out.append(8 * (6 + int(d[row, block])) if inside else 8)
-    for s, w, g, half in itertools.product(range(strips), *map(range, (4, 8, 2))):
-        row = source(s, w, g, half)
-        out.append(0 if row is None else int(exponents[row]))
+    for s in range(strips):
+        for b in range(blocks):
+            for half, w, g, c, j in itertools.product(*map(range, (2, 4, 8, 4, 4))):
+                row, dword = source(s, w, g, half), 0
+                for i in range(8):
+                    at = 128 * b + 32 * j + 4 * c + (i if i < 4 else 16 + i - 4)
+                    code = 0 if row is None or at >= k else int(codes[row, at])
+                    sign = 7 + 8 * i if i < 4 else 3 + 8 * (i - 4)
+                    dword |= (code & 7) << 4 * i | (code >> 3) << sign
+                out += dword.to_bytes(4, "little")
+            for w, g, half, j in itertools.product(*map(range, (4, 8, 2, 4))):
+                row, block = source(s, w, g, half), 4 * b + j
+                if block >= k // 32:
+                    out.append(8)
+                else:  # a row of padding is one of zeros, whose scales are 2^0
+                    out.append(8 * (6 + (0 if row is None else int(d[row, block]))))
+        for w, g, half in itertools.product(*map(range, (4, 8, 2))):
+            row = source(s, w, g, half)
+            out.append(0 if row is None else int(exponents[row]))
     assert len(out) == strips * (blocks * 4352 + 64)
     return np.frombuffer(bytes(out), np.uint8)
 

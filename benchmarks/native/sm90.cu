@@ -202,7 +202,8 @@ __global__ void pack(Matrices m, uint8_t* out) {
   const bool fp8 = is_fp8(m.format);
   for (int64_t i = blockIdx.x; i < m.experts * strips * blocks; i += gridDim.x) {
     const int expert = i / (strips * blocks), strip = i / blocks % strips, block = i % blocks;
-    uint8_t* elements = out + expert * matrix + i % (strips * blocks) * block_bytes(m.format);
+    uint8_t* const whole_strip = out + expert * matrix + strip * strip_bytes(m.format, m.k);
+    uint8_t* elements = whole_strip + block * block_bytes(m.format);
     uint8_t* scales = elements + element_bytes(m.format);
     for (int d = threadIdx.x; d < element_bytes(m.format) / 4; d += blockDim.x) {
       reinterpret_cast<uint32_t*>(elements)[d] = fp8 ? packed_dword_fp8(m, expert, strip, block, d)
@@ -213,8 +214,7 @@ __global__ void pack(Matrices m, uint8_t* out) {
                       : packed_scale(m, expert, strip, block, d);
     }
     if (fp8 && block == 0 && threadIdx.x < kStripRows) {
-      out[expert * matrix + blocks_bytes(m.format, m.outputs, m.k, m.gated) + strip * kStripRows +
-          threadIdx.x] = Matrices::kRowExponent;
+      whole_strip[blocks * block_bytes(m.format) + threadIdx.x] = Matrices::kRowExponent;
     }
   }
 }
@@ -334,7 +334,7 @@ class Bench {
 
   // Prints one line; false where something is wrong.
   bool run(int tokens, const std::string& tactic) {
-    const char* usual = default_tactic(format_, shape(tokens));
+    const char* usual = default_tactic(format_, shape(tokens), true);
     std::printf("%-15s %-9s T=%-5d %-9s", layer_.name.c_str(), kFormats[static_cast<int>(format_)],
                 tokens, tactic.empty() ? usual : tactic.c_str());
     std::fflush(stdout);  // says which case it was if the kernel hangs

@@ -31,11 +31,11 @@ struct Finish {
     const int row = warp_row + g;
     if constexpr (is_fp8(kFormat)) {
       if (row < args.outputs) {
+        const int warp = warp_row / (kGated ? 8 : 16);  // counted over all strips
         const uint8_t* exponents = args.weights +
                                    expert * matrix_bytes(kFormat, args.outputs, args.k, kGated) +
-                                   blocks_bytes(kFormat, args.outputs, args.k, kGated);
-        const int warp = warp_row / (kGated ? 8 : 16);  // counted over all strips
-        const uchar2 both = reinterpret_cast<const uchar2*>(exponents)[warp * 8 + g];
+                                   (warp / 4 + 1) * strip_bytes(kFormat, args.k) - kStripRows;
+        const uchar2 both = reinterpret_cast<const uchar2*>(exponents)[warp % 4 * 8 + g];
         row_scale[0] = power_of_two(both.x), row_scale[1] = power_of_two(both.y);
       }
     }

@@ -121,7 +121,7 @@ __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap*
     const CUtensorMap* map = small ? small_rows : rows;
     const int boxes = divide_up(t.tokens, box_rows);
     const uint8_t* weights = args.weights + t.expert * matrix +
-                             int64_t{t.first_strip + lane} * blocks * block_bytes(C::kFormat);
+                             int64_t{t.first_strip + lane} * strip_bytes(C::kFormat, args.k);
     for (int block = 0; block < blocks; block += C::kDepth) {
       const int live = min(C::kDepth, blocks - block);
       const uint32_t bytes = live * block_bytes(C::kFormat);

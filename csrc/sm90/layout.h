@@ -24,8 +24,8 @@ namespace jaxmoe::sm90 {
 //   elements  [2: rows g, rows g + 8][4 warps][32 lanes][4 steps of 32 along K] dwords
 //   scales    [4 warps][8 rows][2: the row, the row + 8][4 steps], one byte each
 //
-// and after a matrix's last block the exponents of its rows, [strips][4 warps][8 rows][2], one byte
-// each: a row's sums are multiplied by 2^(byte - 127). A block's scale relative to that fits into
+// and after a strip's last block the exponents of its rows, [4 warps][8 rows][2], one byte each: a
+// row's sums are multiplied by 2^(byte - 127). A block's scale relative to that fits into
 // the exponent of e4m3 (dequantize.cuh).
 enum class Format { kNvfp4, kMxfp4, kMxfp4Fp8 };
 constexpr bool is_fp8(Format format) { return format == Format::kMxfp4Fp8; }
@@ -48,13 +48,12 @@ constexpr int64_t num_strips(int64_t outputs, bool gated) {
 constexpr int64_t num_blocks(int64_t k, Format format = Format::kNvfp4) {
   return divide_up(k, block_k(format));
 }
-// Where the exponents of the rows begin.
-constexpr int64_t blocks_bytes(Format format, int64_t outputs, int64_t k, bool gated) {
-  return num_strips(outputs, gated) * num_blocks(k, format) * block_bytes(format);
+// A strip's blocks, and the exponents of its rows.
+constexpr int64_t strip_bytes(Format format, int64_t k) {
+  return num_blocks(k, format) * block_bytes(format) + (is_fp8(format) ? kStripRows : 0);
 }
 constexpr int64_t matrix_bytes(Format format, int64_t outputs, int64_t k, bool gated) {
-  return blocks_bytes(format, outputs, k, gated) +
-         (is_fp8(format) ? num_strips(outputs, gated) * kStripRows : 0);
+  return num_strips(outputs, gated) * strip_bytes(format, k);
 }
 
 }  // namespace jaxmoe::sm90

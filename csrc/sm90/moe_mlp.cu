@@ -9,7 +9,8 @@
 namespace jaxmoe::sm90 {
 namespace {
 
-const Tactic* const kTactics[] = {&kFused, &kDecode, &kWgmma64, &kWgmma128, &kWgmma256};
+const Tactic* const kTactics[] = {&kFused,    &kDecode,   &kWgmma64, &kWgmma64Tall,
+                                  &kWgmma128, &kWgmma192, &kWgmma256};
 
 const Tactic* find(Format format, const std::string& name) {
   for (const Tactic* t : kTactics) {
@@ -89,17 +90,27 @@ std::string failed(const char* what, cudaError_t error) {
 const Tactic* default_product_tactic(Format format, int64_t rows, int64_t experts) {
   const int64_t mean = rows / std::max<int64_t>(1, std::min(rows, experts));
   if (rows <= 16 && !is_fp8(format)) return &kDecode;
-  return mean <= 48 ? &kWgmma64 : mean < 128 ? &kWgmma128 : &kWgmma256;
+  return mean <= 48 ? &kWgmma64 : mean < 100 ? &kWgmma128 : mean <= 160 ? &kWgmma192 : &kWgmma256;
+}
+
+// Whether tiles of `strips` strips cut both matrices without rest, and into several for each
+// multiprocessor of an H100.
+bool divides(const MlpShape& s, bool gated, int strips) {
+  constexpr int64_t kTiles = 2 * 132;
+  const int64_t up = num_strips(s.intermediate, gated), down = num_strips(s.hidden, false);
+  const int64_t experts = std::min(s.experts, s.tokens * s.top_k);
+  return up % strips == 0 && down % strips == 0 && std::min(up, down) / strips * experts >= kTiles;
 }
 
 // One kernel is faster than four as long as its blocks of threads wait for memory alone.
-const Tactic* default_mlp_tactic(Format format, const MlpShape& s) {
+const Tactic* default_mlp_tactic(Format format, const MlpShape& s, bool gated) {
   constexpr int64_t kFusedTokensByDefault = 1;
   if (s.tokens <= kFusedTokensByDefault && kFused.smem_bytes(format) > 0 &&
       kFused.obstacle(s).empty()) {
     return &kFused;
   }
-  return default_product_tactic(format, s.tokens * s.top_k, s.experts);
+  const Tactic* tactic = default_product_tactic(format, s.tokens * s.top_k, s.experts);
+  return tactic == &kWgmma64 && divides(s, gated, 8) ? &kWgmma64Tall : tactic;
 }
 
 // Names of the tactics; of those that can run one product alone where that is asked for.
@@ -173,8 +184,8 @@ std::vector<TacticInfo> tactics(Format format) {
   return list;
 }
 
-const char* default_tactic(Format format, const MlpShape& shape) {
-  return default_mlp_tactic(format, shape)->name;
+const char* default_tactic(Format format, const MlpShape& shape, bool gated) {
+  return default_mlp_tactic(format, shape, gated)->name;
 }
 
 int64_t mlp_workspace_bytes(Format format, const MlpShape& shape) {
@@ -189,7 +200,9 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
                     cudaStream_t stream) {
   const MlpShape& s = a.shape;
   if (s.tokens == 0) return "";
-  const Tactic* tactic = name.empty() ? default_mlp_tactic(a.format, s) : find(a.format, name);
+  const Tactic* tactic = name.empty()
+                             ? default_mlp_tactic(a.format, s, cuda::is_gated(a.activation))
+                             : find(a.format, name);
   if (!tactic) return "tactic must be one of " + names(a.format, false) + ", got '" + name + "'";
   Launch launch{a.format, a.dtype, Epilogue::kPlain, 0, stream};
   if (cuda::is_gated(a.activation)) launch.epilogue = Epilogue::kGated;

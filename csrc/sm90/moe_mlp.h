@@ -34,7 +34,7 @@ struct MlpShape {
   int64_t experts;
   int64_t top_k;
 };
-const char* default_tactic(Format format, const MlpShape& shape);
+const char* default_tactic(Format format, const MlpShape& shape, bool gated);
 
 struct MlpArgs {
   MlpShape shape;

@@ -26,6 +26,12 @@ cudaError_t allow_smem(Kernel kernel) {
 template <template <class, Format, Epilogue> class Config, class Run, class Args,
           Format... kFormats>
 struct Instances {
+#ifdef JAXMOE_FEW_INSTANCES  // one kernel for each tactic, to check that they compile
+  static cudaError_t run(const Args& args, const Launch& launch) {
+    constexpr Format kFormat[] = {kFormats...};
+    return Run::template run<Config<__nv_bfloat16, kFormat[0], Epilogue::kSwiglu>>(args, launch);
+  }
+#else
   template <class T, Format kFormat>
   static cudaError_t epilogue(const Args& args, const Launch& launch) {
     switch (launch.epilogue) {
@@ -50,6 +56,7 @@ struct Instances {
     return launch.dtype == Dtype::kBf16 ? format<__nv_bfloat16>(args, launch)
                                         : format<__half>(args, launch);
   }
+#endif
   // The two epilogues differ in the shape of a strip's results. 0: this tactic has no kernel.
   template <Format kFormat>
   static constexpr int smem_of() {

@@ -36,7 +36,9 @@ struct Tactic {
 extern const Tactic kFused;
 extern const Tactic kDecode;
 extern const Tactic kWgmma64;
+extern const Tactic kWgmma64Tall;
 extern const Tactic kWgmma128;
+extern const Tactic kWgmma192;
 extern const Tactic kWgmma256;
 
 }  // namespace jaxmoe::sm90

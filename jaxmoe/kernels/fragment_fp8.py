@@ -5,8 +5,8 @@ Strips of 64 rows are those of `fragment`; a strip is cut into blocks of 128 ele
     strip s, block b (4352 contiguous bytes):
       elements  [2: row g, row g + 8][4 warps][8 rows g][4 columns c][4 steps j] dwords
       scales    [4 warps][8 rows g][2: row g, row g + 8][4 steps], one byte each
-    at the end of the matrix:
-      row exponents  [strips][4 warps][8 rows g][2: row g, row g + 8], one byte each
+    after the last block of a strip (64 bytes):
+      row exponents  [4 warps][8 rows g][2: row g, row g + 8], one byte each
 
 Element i of the dword of (w, g, c, j) is `k = 128 b + 32 j + 4 c + i` for i = 0 ... 3 and
 `k = 128 b + 32 j + 16 + 4 c + i - 4` for i = 4 ... 7. Its magnitude is in bits `4 i ... 4 i + 2`;
@@ -42,6 +42,7 @@ import jax.numpy as jnp
 from jaxmoe.experts import PreparedMatrix
 from jaxmoe.formats import Format
 from jaxmoe.kernels.fragment import STRIP, _from_warps, _round_up, _to_warps, num_strips
+from jaxmoe.kernels.parts import cut_rows, pack_in_parts
 from jaxmoe.quantization import QuantizedTensor
 
 NAME = "sm90_fragment_fp8"
@@ -137,9 +138,9 @@ def pack_matrix(elements: jax.Array, scale: jax.Array, gated: bool) -> jax.Array
     e = _pack_elements(_to_warps(elements, gated))
     s = _to_warps(scale, gated).reshape(e.shape[0], _WARPS, 2, _ROWS, blocks, _STEPS)
     s = s.transpose(0, 4, 1, 3, 2, 5).reshape(e.shape[0], blocks, _SCALE_BYTES)
-    r = _to_warps(row, gated).transpose(0, 1, 3, 2)
-    data = jnp.concatenate([e, 8 * s + 8 * (6 + _LOWEST)], axis=-1)
-    return jnp.concatenate([data.reshape(-1), r.reshape(-1)])
+    r = _to_warps(row, gated).transpose(0, 1, 3, 2).reshape(e.shape[0], STRIP)
+    data = jnp.concatenate([e, 8 * s + 8 * (6 + _LOWEST)], axis=-1).reshape(e.shape[0], -1)
+    return jnp.concatenate([data, r], axis=-1).reshape(-1)
 
 
 def unpack_matrix(packed: jax.Array, rows: int, k: int, gated: bool) -> tuple[jax.Array, jax.Array]:
@@ -149,7 +150,8 @@ def unpack_matrix(packed: jax.Array, rows: int, k: int, gated: bool) -> tuple[ja
     one that was packed.
     """
     strips = num_strips(rows, gated)
-    data, r = packed[: -strips * STRIP], packed[-strips * STRIP :]
+    packed = packed.reshape(strips, -1)
+    data, r = packed[:, :-STRIP], packed[:, -STRIP:]
     data = data.reshape(strips, -1, _ELEMENT_BYTES + _SCALE_BYTES)
     elements = _from_warps(_unpack_elements(data[..., :_ELEMENT_BYTES]), rows, gated)
     s = data[..., _ELEMENT_BYTES:].reshape(strips, -1, _WARPS, _ROWS, 2, _STEPS)
@@ -163,7 +165,7 @@ def unpack_matrix(packed: jax.Array, rows: int, k: int, gated: bool) -> tuple[ja
 
 @functools.partial(jax.jit, static_argnums=1)
 def pack(w: QuantizedTensor, gated: bool) -> PreparedMatrix:
-    """Packs `[E, N, K]`, one expert after the other.
+    """Packs `[E, N, K]`, some strips of one expert after the other.
 
     Args:
       w: MXFP4; the capability table lets no other format through.
@@ -171,10 +173,16 @@ def pack(w: QuantizedTensor, gated: bool) -> PreparedMatrix:
     """
     assert w.scale is not None
     assert w.format.block_size == _SCALE_BLOCK
-    scale = jax.lax.bitcast_convert_type(w.scale, jnp.uint8)
+    elements, scale = w.packed(), w.scale
     e, n, k = w.shape
+
+    def strips(expert: jax.Array, first: jax.Array, count: int) -> jax.Array:
+        rows = STRIP // 2 if gated else STRIP
+        where = (expert, first * rows, count * rows, gated)
+        return pack_matrix(cut_rows(elements, *where), cut_rows(scale, *where), gated)
+
     return PreparedMatrix(
-        data=jax.lax.map(lambda one: pack_matrix(one[0], one[1], gated), (w.packed(), scale)),
+        data=pack_in_parts(strips, e, num_strips(n, gated)),
         global_scale=jnp.ones(e, jnp.float32),
         layout=NAME,
         format=w.format,
