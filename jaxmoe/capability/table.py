@@ -300,6 +300,7 @@ TABLE: tuple[Row, ...] = (
             "which e4m3 has 4, so that the weights would be rounded, by 2.2 % in relative L2"
         ),
         max_experts=1024,
+        smem_bytes=231528,
         evidence="compiled",
     ),
     _sm90(
