@@ -47,7 +47,11 @@ class Bench:
                 f"{memory_limit / 2**30:.1f} GiB are allowed: raise the limit"
             )
         sets = num_weight_sets(
-            layer, fmt, tokens, cache_bytes(jax.local_devices()[0].platform), memory_limit // one
+            layer,
+            fmt,
+            tokens,
+            cache_bytes(jax.local_devices()[0].platform),
+            int(memory_limit // one),
         )
         self._layer = layer
         self._resolution = resolution
