@@ -102,13 +102,18 @@ bool divides(const MlpShape& s, bool gated, int strips) {
   return up % strips == 0 && down % strips == 0 && std::min(up, down) / strips * experts >= kTiles;
 }
 
-// One kernel is faster than four as long as its blocks of threads wait for memory alone.
+// One kernel is faster than four for a single token, as long as its weights are so few that latency
+// is most of the time.
+bool prefers_fused(Format format, const MlpShape& s, bool gated) {
+  constexpr int64_t kMostBytes = int64_t{40} << 20;
+  const int64_t expert = matrix_bytes(format, s.intermediate, s.hidden, gated) +
+                         matrix_bytes(format, s.hidden, s.intermediate, false);
+  return s.tokens == 1 && std::min(s.experts, s.top_k) * expert <= kMostBytes &&
+         kFused.smem_bytes(format) > 0 && kFused.obstacle(s).empty();
+}
+
 const Tactic* default_mlp_tactic(Format format, const MlpShape& s, bool gated) {
-  constexpr int64_t kFusedTokensByDefault = 1;
-  if (s.tokens <= kFusedTokensByDefault && kFused.smem_bytes(format) > 0 &&
-      kFused.obstacle(s).empty()) {
-    return &kFused;
-  }
+  if (prefers_fused(format, s, gated)) return &kFused;
   const Tactic* tactic = default_product_tactic(format, s.tokens * s.top_k, s.experts);
   return tactic == &kWgmma64 && divides(s, gated, 8) ? &kWgmma64Tall : tactic;
 }
