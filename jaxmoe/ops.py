@@ -70,8 +70,8 @@ def moe_mlp(
     the result is rounded once to x's dtype. With `compute="w4a8"` (MXFP4 weights on Hopper) the
     tensor cores multiply e4m3: a row of x or h is rounded to e4m3 times the least power of two that
     keeps it within 448, and a block of weights whose scale is more than 2^11 below the largest of
-    its row is rounded as `jaxmoe.kernels.fragment_fp8` says; gradients are those of w4a16 on these weights, as if x and
-    h had not been rounded. `docs/accuracy.md` has the errors.
+    its row is rounded as `jaxmoe.kernels.fragment_fp8` says; gradients are those of w4a16 on these
+    weights, as if x and h had not been rounded. `docs/accuracy.md` has the errors.
 
     Args:
       x: tokens, `[T, H]`, float32, bfloat16 or float16.
