@@ -50,7 +50,7 @@ void check_names(Check& check, std::string_view variant, std::string_view format
                                               quoted(variant));
   check_format(check, format);
   check.require(variant != kSm90W4A8 || format == "mxfp4",
-                "format must be 'mxfp4' for " + std::string(kSm90W4A8) + ", got " + quoted(format));
+                "format must be mxfp4 for " + std::string(kSm90W4A8) + ", got " + quoted(format));
   if (!check.ok()) return;
   std::string names;
   bool known = tactic.empty();
