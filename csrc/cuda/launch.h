@@ -9,51 +9,50 @@
 
 namespace jaxmoe::cuda {
 
+// `more`: an attribute beside the one that every launch has; null for none.
 template <class... Parameters, class... Args>
-cudaError_t launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, int threads,
-                            int smem_bytes, cudaStream_t stream, const Args&... args) {
+cudaError_t launch_with(const cudaLaunchAttribute* more, void (*kernel)(Parameters...), dim3 grid,
+                        int threads, int smem_bytes, cudaStream_t stream, const Args&... args) {
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = cluster;
-  attributes[1].val.clusterDim.y = 1;
-  attributes[1].val.clusterDim.z = 1;
+  if (more) attributes[1] = *more;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = smem_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
+  config.numAttrs = more ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 template <class... Parameters, class... Args>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int smem_bytes,
                    cudaStream_t stream, const Args&... args) {
-  return launch_clusters(kernel, 1, grid, threads, smem_bytes, stream, args...);
+  return launch_with(nullptr, kernel, grid, threads, smem_bytes, stream, args...);
+}
+
+template <class... Parameters, class... Args>
+cudaError_t launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, int threads,
+                            int smem_bytes, cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute size{};
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim.x = cluster;
+  size.val.clusterDim.y = 1;
+  size.val.clusterDim.z = 1;
+  return launch_with(cluster > 1 ? &size : nullptr, kernel, grid, threads, smem_bytes, stream,
+                     args...);
 }
 
 // All blocks run at once, so that they can wait for each other: an error where they do not fit.
-// With `overlap` the start overlaps the end of the kernel before, as above.
 template <class... Parameters, class... Args>
 cudaError_t launch_cooperative(void (*kernel)(Parameters...), dim3 grid, int threads,
-                               int smem_bytes, bool overlap, cudaStream_t stream,
-                               const Args&... args) {
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = smem_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = overlap ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, args...);
+                               int smem_bytes, cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  return launch_with(&together, kernel, grid, threads, smem_bytes, stream, args...);
 }
 
 }  // namespace jaxmoe::cuda

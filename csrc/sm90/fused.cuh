@@ -37,7 +37,7 @@ inline constexpr int kFusedTokens = 8;  // columns of mma.sync
 inline constexpr int kFusedPairs = 64;  // of a token and an expert
 
 template <class T_, Format kFormat_, Epilogue kEpilogue_, int kWarps_, int kMaxDepth_,
-          int kAtFirst_, bool kOverlapLaunch_>
+          int kAtFirst_>
 struct FusedConfig {
   using T = T_;
   static constexpr Format kFormat = kFormat_;
@@ -45,7 +45,6 @@ struct FusedConfig {
   static constexpr int kWarps = kWarps_;
   static constexpr int kMaxDepth = kMaxDepth_;
   static constexpr int kAtFirst = kAtFirst_;  // slots that a warp fills before it multiplies
-  static constexpr bool kOverlapLaunch = kOverlapLaunch_;
 
   static constexpr bool kGated = is_gated(kEpilogue);
   static constexpr int kThreads = kWarps * 32;
@@ -795,7 +794,7 @@ struct FusedRun {
           fused_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemLimit);
       if (error != cudaSuccess) return error;
       return cuda::launch_cooperative(fused_kernel<C>, dim3(launch.multiprocessors), C::kThreads,
-                                      smem, C::kOverlapLaunch, launch.stream, args, depth);
+                                      smem, launch.stream, args, depth);
     }
   }
 };

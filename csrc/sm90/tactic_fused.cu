@@ -7,7 +7,7 @@ namespace jaxmoe::sm90 {
 namespace {
 
 template <class T, Format kFormat, Epilogue kEpilogue>
-using Config = FusedConfig<T, kFormat, kEpilogue, 16, 12, 1, true>;
+using Config = FusedConfig<T, kFormat, kEpilogue, 16, 12, 1>;
 
 // NVFP4 takes more shared memory than MXFP4; nothing else matters to it.
 using Layout = FusedLayout<Config<__nv_bfloat16, Format::kNvfp4, Epilogue::kSwiglu>>;

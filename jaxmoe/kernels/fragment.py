@@ -54,7 +54,7 @@ _E4M3_SHIFT = 104
 _E8M0_TOP = 244
 
 
-def _round_up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
@@ -71,14 +71,14 @@ def num_strips(rows: int, gated: bool) -> int:
 
 def num_bytes(rows: int, k: int, fmt: Format, gated: bool) -> int:
     """Bytes of one packed matrix."""
-    return num_strips(rows, gated) * (_round_up(k, BLOCK) // BLOCK) * block_bytes(fmt)
+    return num_strips(rows, gated) * (round_up(k, BLOCK) // BLOCK) * block_bytes(fmt)
 
 
-def _to_warps(rows: jax.Array, gated: bool) -> jax.Array:
+def to_warps(rows: jax.Array, gated: bool) -> jax.Array:
     """[N, ...] -> [strips, 4 warps, 2 halves, 8 rows, ...] with zero rows as padding."""
 
     def split(a: jax.Array, strip: int) -> jax.Array:
-        pad = _round_up(a.shape[0], strip) - a.shape[0]
+        pad = round_up(a.shape[0], strip) - a.shape[0]
         a = jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1))
         return a.reshape(-1, _WARPS, strip // (_WARPS * _ROWS), _ROWS, *a.shape[1:])
 
@@ -88,8 +88,8 @@ def _to_warps(rows: jax.Array, gated: bool) -> jax.Array:
     return jnp.concatenate([split(gate, STRIP // 2), split(up, STRIP // 2)], axis=2)
 
 
-def _from_warps(warps: jax.Array, n: int, gated: bool) -> jax.Array:
-    """Inverse of `_to_warps`."""
+def from_warps(warps: jax.Array, n: int, gated: bool) -> jax.Array:
+    """Inverse of `to_warps`."""
 
     def join(a: jax.Array, count: int) -> jax.Array:
         return a.reshape(-1, *a.shape[4:])[:count]
@@ -164,11 +164,11 @@ def _pack_rows(elements: jax.Array, code: jax.Array, gated: bool) -> jax.Array:
     per_block = BLOCK * code.shape[1] // k
     zero = jnp.repeat(code == 0, BLOCK // 2 // per_block, axis=1)
     elements = jnp.where(zero, 0, elements)
-    blocks = _round_up(k, BLOCK) // BLOCK
+    blocks = round_up(k, BLOCK) // BLOCK
     elements = jnp.pad(elements, ((0, 0), (0, blocks * BLOCK // 2 - k // 2)))
     code = jnp.pad(code, ((0, 0), (0, blocks * per_block - code.shape[1])))
-    e = _pack_elements(_to_warps(elements, gated))
-    s = _to_warps(code, gated).reshape(e.shape[0], _WARPS, 2, _ROWS, blocks, per_block)
+    e = _pack_elements(to_warps(elements, gated))
+    s = to_warps(code, gated).reshape(e.shape[0], _WARPS, 2, _ROWS, blocks, per_block)
     s = s.transpose(0, 4, 1, 3, 5, 2).reshape(e.shape[0], blocks, STRIP * per_block)
     return jnp.concatenate([e, s], axis=-1).reshape(-1)
 
@@ -201,9 +201,9 @@ def unpack_matrix(
     per_block = BLOCK // fmt.block_size
     both = packed.reshape(num_strips(rows, gated), -1, block_bytes(fmt))
     e, s = both[..., :_ELEMENT_BYTES], both[..., _ELEMENT_BYTES:]
-    elements = _from_warps(_unpack_elements(e), rows, gated)
+    elements = from_warps(_unpack_elements(e), rows, gated)
     s = s.reshape(*s.shape[:2], _WARPS, _ROWS, per_block, 2).transpose(0, 2, 5, 3, 1, 4)
-    code = _from_warps(s.reshape(*s.shape[:4], -1), rows, gated)
+    code = from_warps(s.reshape(*s.shape[:4], -1), rows, gated)
     scale = _decode_nvfp4(code) if fmt.has_global_scale else _decode_mxfp4(code, global_scale)
     return elements[:, : k // 2], scale[:, : k // fmt.block_size]
 

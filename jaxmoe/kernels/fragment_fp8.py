@@ -41,7 +41,7 @@ import jax.numpy as jnp
 
 from jaxmoe.experts import PreparedMatrix
 from jaxmoe.formats import Format
-from jaxmoe.kernels.fragment import STRIP, _from_warps, _round_up, _to_warps, num_strips
+from jaxmoe.kernels.fragment import STRIP, from_warps, num_strips, round_up, to_warps
 from jaxmoe.kernels.parts import cut_rows, pack_in_parts
 from jaxmoe.quantization import QuantizedTensor
 
@@ -63,7 +63,7 @@ _REACH = (0, 1, 2, 0, 3, 1, 4)
 
 def num_bytes(rows: int, k: int, fmt: Format, gated: bool) -> int:
     """Bytes of one packed matrix."""
-    blocks = _round_up(k, BLOCK) // BLOCK
+    blocks = round_up(k, BLOCK) // BLOCK
     return num_strips(rows, gated) * (blocks * (_ELEMENT_BYTES + _SCALE_BYTES) + STRIP)
 
 
@@ -132,13 +132,13 @@ def pack_matrix(elements: jax.Array, scale: jax.Array, gated: bool) -> jax.Array
       `uint8[num_bytes]`.
     """
     elements, scale, row = _rescale(elements, scale)
-    blocks = _round_up(2 * elements.shape[1], BLOCK) // BLOCK
+    blocks = round_up(2 * elements.shape[1], BLOCK) // BLOCK
     elements = jnp.pad(elements, ((0, 0), (0, blocks * BLOCK // 2 - elements.shape[1])))
     scale = jnp.pad(scale, ((0, 0), (0, blocks * _STEPS - scale.shape[1])))
-    e = _pack_elements(_to_warps(elements, gated))
-    s = _to_warps(scale, gated).reshape(e.shape[0], _WARPS, 2, _ROWS, blocks, _STEPS)
+    e = _pack_elements(to_warps(elements, gated))
+    s = to_warps(scale, gated).reshape(e.shape[0], _WARPS, 2, _ROWS, blocks, _STEPS)
     s = s.transpose(0, 4, 1, 3, 2, 5).reshape(e.shape[0], blocks, _SCALE_BYTES)
-    r = _to_warps(row, gated).transpose(0, 1, 3, 2).reshape(e.shape[0], STRIP)
+    r = to_warps(row, gated).transpose(0, 1, 3, 2).reshape(e.shape[0], STRIP)
     data = jnp.concatenate([e, 8 * s + 8 * (6 + _LOWEST)], axis=-1).reshape(e.shape[0], -1)
     return jnp.concatenate([data, r], axis=-1).reshape(-1)
 
@@ -153,12 +153,12 @@ def unpack_matrix(packed: jax.Array, rows: int, k: int, gated: bool) -> tuple[ja
     packed = packed.reshape(strips, -1)
     data, r = packed[:, :-STRIP], packed[:, -STRIP:]
     data = data.reshape(strips, -1, _ELEMENT_BYTES + _SCALE_BYTES)
-    elements = _from_warps(_unpack_elements(data[..., :_ELEMENT_BYTES]), rows, gated)
+    elements = from_warps(_unpack_elements(data[..., :_ELEMENT_BYTES]), rows, gated)
     s = data[..., _ELEMENT_BYTES:].reshape(strips, -1, _WARPS, _ROWS, 2, _STEPS)
     s = s.transpose(0, 2, 4, 3, 1, 5).reshape(strips, _WARPS, 2, _ROWS, -1)
-    d = _from_warps(s, rows, gated).astype(jnp.int16) // 8 - 6
+    d = from_warps(s, rows, gated).astype(jnp.int16) // 8 - 6
     r = r.reshape(strips, _WARPS, _ROWS, 2).transpose(0, 1, 3, 2)
-    row = _from_warps(r, rows, gated).astype(jnp.int16)
+    row = from_warps(r, rows, gated).astype(jnp.int16)
     scale = jnp.clip(row[:, None] + d, 0, 254).astype(jnp.uint8)
     return elements[:, : k // 2], scale[:, : k // _SCALE_BLOCK]
 

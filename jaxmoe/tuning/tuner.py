@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from jaxmoe import capability
-from jaxmoe.capability import Problem
 from jaxmoe.capability.table import SMEM_LIMIT
 from jaxmoe.tuning import tables
 from jaxmoe.tuning.key import Key, bucket
@@ -98,6 +97,7 @@ def tune(
       MemoryLimitError: not even one set of weights fits.
     """
     from jaxmoe import kernels  # which reads the tables, and so imports this package
+    from jaxmoe.benchmark import layer_problem
     from jaxmoe.tuning import measurement
 
     if not tokens or min(tokens) < 1:
@@ -109,15 +109,7 @@ def tune(
             f"tuning measures on the device that is here, and override forces the target "
             f"{capability.current_override().target}; call tune outside that block"
         )
-    problem = Problem(
-        weight_format=weight_format,
-        compute=compute,
-        activation_dtype=jnp.dtype(dtype).name,
-        hidden_size=layer.hidden_size,
-        intermediate_size=layer.intermediate_size,
-        num_experts=layer.num_experts,
-        top_k=layer.top_k,
-    )
+    problem = layer_problem(layer, weight_format, dtype, compute)
     resolution = kernels.select(problem, implementation)
     tactics = kernels.tactics(resolution.variant)
     if not tactics:

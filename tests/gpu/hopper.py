@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from suite import COMPUTE, activation_arrays, prepared, run, run_grouped
 
 import jaxmoe
@@ -76,3 +77,30 @@ def run_grouped_tactic(variant, problem, tactic):
         jnp.int32(kwargs["group_offset"] or 0),
     )
     return np.asarray(y)
+
+
+def raw_call(variant, weight_format, problem):
+    """Operands and attributes of the bare custom call, by name: for calls that must be refused."""
+    x, experts, ids, weights = problem.call_args()
+    experts = prepared(experts, variant, True)
+    values = {
+        "x": x, "gate_up": experts.gate_up.data, "gate_up_global": experts.gate_up.global_scale,
+        "down": experts.down.data, "down_global": experts.down.global_scale,
+        "gate_up_bias": np.zeros(0, np.float32), "down_bias": np.zeros(0, np.float32),
+        "params": jaxmoe.SwiGLU().params(8), "ids": ids, "weights": weights,
+        "expert_offset": np.int32(0),
+    }  # fmt: skip
+    attrs = {
+        "variant": variant, "format": weight_format, "activation": "swiglu", "tactic": "",
+        "hidden_size": np.int64(96), "intermediate_size": np.int64(64), "weight_on_input": False,
+    }  # fmt: skip
+    return values, attrs
+
+
+def assert_refused(values, attrs, message, workspace=1 << 22):
+    sm90._native()
+    out = jax.ShapeDtypeStruct(values["x"].shape, values["x"].dtype)
+    results = (out, jax.ShapeDtypeStruct((workspace,), jnp.uint8))
+    call = jax.ffi.ffi_call(sm90.MOE_MLP, results)
+    with pytest.raises(Exception, match=r"moe_mlp \(sm90\): " + message):
+        jax.block_until_ready(call(*map(jnp.asarray, values.values()), **attrs))

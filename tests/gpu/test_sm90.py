@@ -98,29 +98,12 @@ def test_an_unknown_tactic_is_refused_by_name():
 )
 def test_a_wrong_call_is_refused_with_the_argument(change, message):
     problem = problems.random_problem(Spec(dtype="bfloat16"))
-    x, experts, ids, weights = problem.call_args()
-    experts = prepared(experts, VARIANT, True)
-    values = {
-        "x": x, "gate_up": experts.gate_up.data, "gate_up_global": experts.gate_up.global_scale,
-        "down": experts.down.data, "down_global": experts.down.global_scale,
-        "gate_up_bias": np.zeros(0, np.float32), "down_bias": np.zeros(0, np.float32),
-        "params": jaxmoe.SwiGLU().params(8), "ids": ids, "weights": weights,
-        "expert_offset": np.int32(0),
-    }  # fmt: skip
-    attrs = {
-        "variant": VARIANT, "format": "nvfp4", "activation": "swiglu", "tactic": "",
-        "hidden_size": np.int64(96), "intermediate_size": np.int64(64), "weight_on_input": False,
-    }  # fmt: skip
+    values, attrs = hopper.raw_call(VARIANT, "nvfp4", problem)
     size = change.get("workspace", 1 << 22)
     for name, value in change.items():
         (values if name in values else attrs)[name] = value
     attrs.pop("workspace", None)
-    sm90._native()
-    out = jax.ShapeDtypeStruct(values["x"].shape, values["x"].dtype)
-    results = (out, jax.ShapeDtypeStruct((size,), jnp.uint8))
-    call = jax.ffi.ffi_call(sm90.MOE_MLP, results)
-    with pytest.raises(Exception, match=r"moe_mlp \(sm90\): " + message):
-        jax.block_until_ready(call(*map(jnp.asarray, values.values()), **attrs))
+    hopper.assert_refused(values, attrs, message, size)
 
 
 # --- against the oracle ---------------------------------------------------------------------------

@@ -83,31 +83,18 @@ def test_an_unknown_tactic_is_refused_by_name():
     ("change", "message"),
     [
         ({"format": "nvfp4"}, r"format must be mxfp4"),
-        ({"gate_up": np.zeros((8, 100), np.uint8)}, r"gate_up must be u8\[8,\d+\]"),
+        (
+            {"gate_up": np.zeros((8, 100), np.uint8)},
+            r"gate_up must be u8\[\*,\d+\], got u8\[8,100\]",
+        ),
         ({"x": np.zeros((17, 96), np.float32)}, r"x must be bf16\|f16\[\*,96\], got f32\[17,96\]"),
     ],
 )
 def test_a_wrong_call_is_refused_with_the_argument(change, message):
-    x, experts, ids, weights = problem_of().call_args()
-    experts = prepared(experts, VARIANT, True)
-    values = {
-        "x": x, "gate_up": experts.gate_up.data, "gate_up_global": experts.gate_up.global_scale,
-        "down": experts.down.data, "down_global": experts.down.global_scale,
-        "gate_up_bias": np.zeros(0, np.float32), "down_bias": np.zeros(0, np.float32),
-        "params": jaxmoe.SwiGLU().params(8), "ids": ids, "weights": weights,
-        "expert_offset": np.int32(0),
-    }  # fmt: skip
-    attrs = {
-        "variant": VARIANT, "format": "mxfp4", "activation": "swiglu", "tactic": "",
-        "hidden_size": np.int64(96), "intermediate_size": np.int64(64), "weight_on_input": False,
-    }  # fmt: skip
+    values, attrs = hopper.raw_call(VARIANT, "mxfp4", problem_of())
     for name, value in change.items():
         (values if name in values else attrs)[name] = value
-    sm90._native()
-    out = jax.ShapeDtypeStruct(values["x"].shape, values["x"].dtype)
-    call = jax.ffi.ffi_call(sm90.MOE_MLP, (out, jax.ShapeDtypeStruct((1 << 22,), jnp.uint8)))
-    with pytest.raises(Exception, match=r"moe_mlp \(sm90\): " + message):
-        jax.block_until_ready(call(*map(jnp.asarray, values.values()), **attrs))
+    hopper.assert_refused(values, attrs, message)
 
 
 # --- against the oracles --------------------------------------------------------------------------
