@@ -43,8 +43,11 @@ def measure(layer: benchmark.Layer, weight_format: str) -> dict[str, Any]:
             f"{chosen.variant} is selected here, which reads weights as they are: there is nothing "
             "to prepare; install a library with a kernel for this device"
         )
-    experts = jax.block_until_ready(random_experts(layer, weight_format, CANONICAL, seed=0))
     device = jax.local_devices()[0]
+    # Made on the host: the device's peak must be that of `prepare` and of nothing before.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        experts = random_experts(layer, weight_format, CANONICAL, seed=0)
+    experts = jax.block_until_ready(jax.device_put(experts, device))
     before, _ = _memory(device)
     seconds = []
     for _ in range(2):

@@ -93,13 +93,14 @@ const Tactic* default_product_tactic(Format format, int64_t rows, int64_t expert
   return mean <= 48 ? &kWgmma64 : mean < 100 ? &kWgmma128 : mean <= 160 ? &kWgmma192 : &kWgmma256;
 }
 
-// Whether tiles of `strips` strips cut both matrices without rest, and into several for each
-// multiprocessor of an H100.
-bool divides(const MlpShape& s, bool gated, int strips) {
+// Whether tiles of `strips` strips are several for each multiprocessor of an H100 and, where the
+// time of a tile is that of its weights, cut both matrices without rest.
+bool suits(Format format, const MlpShape& s, bool gated, int strips) {
   constexpr int64_t kTiles = 2 * 132;
   const int64_t up = num_strips(s.intermediate, gated), down = num_strips(s.hidden, false);
   const int64_t experts = std::min(s.experts, s.tokens * s.top_k);
-  return up % strips == 0 && down % strips == 0 && std::min(up, down) / strips * experts >= kTiles;
+  const bool divides = up % strips == 0 && down % strips == 0;
+  return (divides || is_fp8(format)) && std::min(up, down) / strips * experts >= kTiles;
 }
 
 // One kernel is faster than four for a single token, as long as its weights are so few that latency
@@ -115,7 +116,7 @@ bool prefers_fused(Format format, const MlpShape& s, bool gated) {
 const Tactic* default_mlp_tactic(Format format, const MlpShape& s, bool gated) {
   if (prefers_fused(format, s, gated)) return &kFused;
   const Tactic* tactic = default_product_tactic(format, s.tokens * s.top_k, s.experts);
-  return tactic == &kWgmma64 && divides(s, gated, 8) ? &kWgmma64Tall : tactic;
+  return tactic == &kWgmma64 && suits(format, s, gated, 8) ? &kWgmma64Tall : tactic;
 }
 
 // Names of the tactics; of those that can run one product alone where that is asked for.

@@ -4,6 +4,10 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import hopper
 import jax
@@ -476,3 +480,102 @@ def test_independent_calls_in_one_program():
     for _ in range(20):
         for ours, expected in zip(call(args), want, strict=True):
             assert_same_bits(np.asarray(ours), expected)
+
+
+def test_many_experts_beside_few_from_two_threads():
+    """They share kernels and the limits set on them, not tables: 1024 experts' need more memory."""
+    spec = replace(BIG, dtype="bfloat16", hidden_size=96, intermediate_size=64)
+    batch = [
+        problems.random_problem(replace(spec, num_experts=count, num_total=count))
+        for count in (1024, 8)
+    ]
+    for tactic in TACTICS:
+        fitting = [problems.random_problem(fit(replace(p.spec, top_k=2), tactic)) for p in batch]
+        want = [run_tactic(problem, tactic) for problem in fitting]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for _ in range(10):
+                got = pool.map(functools.partial(run_tactic, tactic=tactic), fitting)
+                for ours, expected in zip(got, want, strict=True):
+                    assert_same_bits(ours, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 2000])
+def test_the_first_call_of_a_process_may_be_recorded(tokens):
+    """Nothing that a kernel needs at its first launch is forbidden while a graph is recorded."""
+    script = f"""
+import jax, numpy as np, problems, dataclasses, jaxmoe
+from suite import prepared
+spec = problems.Spec(tokens={tokens}, num_experts=16, top_k=4, hidden_size=256,
+                     intermediate_size=96, dtype="bfloat16", weight_format="mxfp4")
+x, experts, ids, weights = problems.random_problem(spec).call_args()
+experts = prepared(experts, "{VARIANT}", True)
+def model(x, ids, w):
+    for _ in range(6):
+        x = jax.numpy.tanh(x + jaxmoe.moe_mlp(x, experts, ids, w, implementation="{VARIANT}"))
+    return x
+lowered = jax.jit(model).lower(x, ids, weights)
+compiled = [lowered.compile(compiler_options=o) for o in (
+    {{"xla_gpu_graph_min_graph_size": 1}}, {{"xla_gpu_enable_command_buffer": ""}})]
+recorded, plain = (np.asarray(f(x, ids, weights)).view(np.uint16) for f in compiled)
+assert (recorded == plain).all()
+"""
+    folders = [str(Path(__file__).parent.parent), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(
+    not WHY_NOT and len(jax.local_devices(backend="cuda")) < 2, reason="needs two GPUs"
+)
+def test_two_devices_at_once():
+    devices = jax.local_devices(backend="cuda")[:2]
+    batch = [
+        problems.random_problem(replace(BIG, dtype="bfloat16", tokens=tokens, seed=tokens))
+        for tokens in (1, 20, 150, 700)
+    ]
+    want = [run(problem, VARIANT) for problem in batch]
+
+    def on(device, problem):
+        with jax.default_device(device):
+            return run(problem, VARIANT)
+
+    pairs = list(itertools.product(devices, range(len(batch))))
+    with concurrent.futures.ThreadPoolExecutor(len(pairs)) as pool:
+        for _ in range(10):
+            got = pool.map(lambda pair: on(pair[0], batch[pair[1]]), pairs)
+            for (_, index), ours in zip(pairs, got, strict=True):
+                assert_same_bits(ours, want[index])
+
+
+@pytest.mark.skipif(
+    not WHY_NOT and len(jax.local_devices(backend="cuda")) < 2, reason="needs two GPUs"
+)
+def test_experts_spread_over_two_devices():
+    """Each device has half of the experts; the sum over the devices is the whole layer."""
+    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    problem = problems.random_problem(replace(BIG, dtype="bfloat16"))
+    x, experts, ids, weights = problem.call_args()
+    packed = prepared(experts, VARIANT, True)
+    mesh = Mesh(np.asarray(jax.local_devices(backend="cuda")[:2]), ("experts",))
+    packed = jax.device_put(packed, NamedSharding(mesh, P("experts")))
+
+    def shard(x, packed, ids, weights):
+        first = jax.lax.axis_index("experts") * (BIG.num_experts // 2)
+        y = jaxmoe.moe_mlp(x, packed, ids, weights, expert_offset=first, implementation=VARIANT)
+        return jax.lax.psum(y.astype(jnp.float32), "experts")
+
+    whole = jax.jit(
+        jax.shard_map(
+            shard, mesh=mesh, in_specs=(P(), P("experts"), P(), P()), out_specs=P(), check_vma=False
+        )
+    )
+    got = np.asarray(whole(x, packed, ids, weights))
+    assert_matches(got, problem.pairs(), TOLERANCE["bfloat16"])
