@@ -90,7 +90,9 @@ std::string failed(const char* what, cudaError_t error) {
 const Tactic* default_product_tactic(Format format, int64_t rows, int64_t experts) {
   const int64_t mean = rows / std::max<int64_t>(1, std::min(rows, experts));
   if (rows <= 16 && !is_fp8(format)) return &kDecode;
-  return mean <= 48 ? &kWgmma64 : mean < 100 ? &kWgmma128 : mean <= 160 ? &kWgmma192 : &kWgmma256;
+  if (mean <= 48) return &kWgmma64;
+  if (mean >= 100 && mean <= 160) return &kWgmma192;
+  return mean < (is_fp8(format) ? 160 : 320) ? &kWgmma128 : &kWgmma256;
 }
 
 // Whether tiles of `strips` strips are several for each multiprocessor of an H100 and, where the
