@@ -2,7 +2,6 @@
 #include <cstring>
 
 #include "cuda/moe_mlp.h"
-#include "cuda/quantize.h"
 #include "cuda/route.h"
 #include "cuda/tactics.h"
 
@@ -222,7 +221,7 @@ std::string moe_mlp(const Family& family, const MlpArgs& a, const std::string& n
     quantize.copies = sort.top_k;
     quantize.out = w.y;
     quantize.scale = w.x_scale;
-    error = quantize_rows(quantize, stream);
+    error = family.quantize_rows(quantize, stream);
     if (error != cudaSuccess) return failed("quantize_rows of x", error);
   } else if (tactic->reads_sorted) {
     error = gather_rows(a.x, w.position_of, static_cast<int>(s.tokens), sort.top_k, s.hidden * 2,
@@ -240,7 +239,7 @@ std::string moe_mlp(const Family& family, const MlpArgs& a, const std::string& n
     quantize.position_of = nullptr;
     quantize.out = w.h8;
     quantize.scale = w.h_scale;
-    error = quantize_rows(quantize, stream);
+    error = family.quantize_rows(quantize, stream);
     if (error != cudaSuccess) return failed("quantize_rows of h", error);
   }
   launch.epilogue = Epilogue::kStore;
@@ -298,7 +297,7 @@ std::string grouped_matmul(const Family& family, const GroupedArgs& a, const std
     quantize.k = static_cast<int>(s.k);
     quantize.out = w.x8;
     quantize.scale = w.x_scale;
-    error = quantize_rows(quantize, stream);
+    error = family.quantize_rows(quantize, stream);
     if (error != cudaSuccess) return failed("quantize_rows", error);
   }
   GemmArgs product{};

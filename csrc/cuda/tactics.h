@@ -12,6 +12,7 @@
 #include "cuda/fused.h"
 #include "cuda/gemm.h"
 #include "cuda/moe_mlp.h"
+#include "cuda/quantize.h"
 
 namespace jaxmoe::cuda {
 
@@ -41,6 +42,8 @@ struct Family {
   // What runs where no tactic is named: a product of `rows` sorted rows, and a whole MLP.
   const Tactic* (*product_tactic)(Format format, int64_t rows, int64_t experts);
   const Tactic* (*mlp_tactic)(Format format, const MlpShape& shape, bool gated);
+  // cuda::quantize_rows; null where no tactic multiplies e4m3.
+  cudaError_t (*quantize_rows)(const QuantizeArgs& args, cudaStream_t stream) = nullptr;
 };
 
 }  // namespace jaxmoe::cuda

@@ -16,6 +16,7 @@
 #define JAXMOE_CSRC_SM80_GEMM_CUH_
 
 #include <algorithm>
+#include <new>
 #include <type_traits>
 
 #include "cuda/dequantize.cuh"
@@ -81,18 +82,9 @@ struct GemmConfig {
   static constexpr int kTokens = kWeights + kStages * kWeightBytes;
   static constexpr int kSums = kTokens + kStages * kTokenBytes;
   static constexpr int kPlan = kSums + kSumBytes;
-  // Between the tile that is being multiplied and the one whose copies come next, both included.
-  static constexpr int kPlanned = kStages + 1;
-  static constexpr int kTables = kPlan + kPlanned * static_cast<int>(sizeof(int4));
+  static constexpr int kTables = kPlan + 64 + (kStages + 2) * 16;
   static constexpr int smem_bytes(int experts) { return kTables + TileTable::bytes(experts); }
 };
-
-// A tile as the products need it, written when its copies begin.
-struct Tile {
-  int expert;  // -1 after the last
-  int row_tile, begin, tokens;
-};
-static_assert(sizeof(Tile) == sizeof(int4));
 
 // Every n-th tile; TileTable::Walk is the other order.
 template <int kN>
@@ -126,116 +118,161 @@ class Interleaved {
   int row_tiles_, tile_, begin_ = 0, tokens_ = 0;
 };
 
-template <class C>
-using Tiles =
-    std::conditional_t<C::kOrder == Order::kContiguous, TileTable::Walk<C::kN>, Interleaved<C::kN>>;
+struct Tile {
+  int expert;  // -1 after the last
+  int row_tile, begin, tokens;
+};
 
-// Where the next copies come from and go to. It runs ahead of the products.
+// The tiles of this block of threads in shared memory, found by its first thread one tile ahead of
+// the copies, which are kStages - 1 stages ahead of the products.
+template <class C>
+class Plan {
+ public:
+  __device__ Plan(uint8_t* tables, int experts, int row_tiles)
+      : table_(tables, experts), tiles_(table_, row_tiles) {
+    put(0);
+  }
+  // The first thread alone; others see it after a barrier.
+  __device__ void put_after(int at) {
+    if (!tiles_.done()) tiles_.next();
+    put(after(at));
+  }
+  __device__ const Tile& operator[](int at) const { return ring_[at]; }
+  static __device__ int after(int at) { return at + 1 == kTiles ? 0 : at + 1; }
+
+ private:
+  static constexpr int kTiles = C::kStages + 2;
+  __device__ void put(int at) {
+    const bool done = tiles_.done();
+    ring_[at] = {done ? -1 : tiles_.expert, tiles_.row_tile, done ? 0 : tiles_.begin(),
+                 done ? 0 : tiles_.tokens()};
+  }
+
+  TileTable table_;
+  std::conditional_t<C::kOrder == Order::kContiguous, TileTable::Walk<C::kN>, Interleaved<C::kN>>
+      tiles_;
+  Tile ring_[kTiles];
+};
+
+// Where the next copies come from and go to. It runs ahead of the products. Its pointers are those
+// of this thread's first chunk of 16 bytes in the next stage.
 template <class C>
 class Loader {
  public:
-  __device__ Loader(const GemmArgs& args, const TileTable& table, int row_tiles, uint32_t smem,
-                    Tile* plan)
-      : args_(args), tile_(table, row_tiles), smem_(smem), plan_(plan) {
+  __device__ Loader(const GemmArgs& args, Plan<C>* plan, uint32_t smem)
+      : args_(args),
+        plan_(plan),
+        weights_to_(smem + C::kWeights + threadIdx.x * 16),
+        tokens_to_(smem + C::kTokens + threadIdx.x / C::kRowChunks * C::kTokenPitch +
+                   threadIdx.x % C::kRowChunks * 16) {
     enter();
   }
 
   // Asks for one stage; a group of copies, empty if there is nothing left.
-  __device__ __forceinline__ void load() {
-    if (!tile_.done()) {
-      copy();
-      block_ += C::kStageBlocks;
-      if (block_ >= num_blocks(args_.k)) {
-        block_ = 0;
-        tile_.next();
-        enter();
-      }
-      if (++slot_ == C::kStages) slot_ = 0;
+  __device__ __forceinline__ void load(int slot) {
+    if (left_ > 0) {
+      copy(slot);
+      left_ -= C::kStageBlocks;
+      if (left_ <= 0) enter();
     }
     cuda::copy_async_commit();
   }
 
  private:
-  static constexpr int kRowsAtOnce = std::max(1, C::kThreads / C::kRowChunks);
+  static constexpr int kElementChunks = C::kHeld * C::kQuarterElements / 16;
+  static constexpr int kBlockChunks = C::kHeldBytes / 16;
+  static constexpr int kStripChunks = C::kStageBlocks * kBlockChunks;
+  static constexpr int kStripPasses = (kStripChunks + C::kThreads - 1) / C::kThreads;
+  static constexpr int kRowsAtOnce = C::kThreads / C::kRowChunks;
   static constexpr int kPasses = (C::kN + kRowsAtOnce - 1) / kRowsAtOnce;
+  static constexpr int kStageBytes = C::kStageBlocks * block_bytes(C::kFormat);
+  static constexpr int kStageRowBytes = C::kStageBlocks * kBlockK * 2;
   static_assert(C::kThreads % C::kRowChunks == 0);
 
   __device__ __forceinline__ void enter() {
-    const bool done = tile_.done();
-    if (threadIdx.x == 0) {
-      plan_[planned_] = done ? Tile{-1, 0, 0, 0}
-                             : Tile{tile_.expert, tile_.row_tile, tile_.begin(), tile_.tokens()};
-    }
-    if (++planned_ == C::kPlanned) planned_ = 0;
-    if (done) return;
-    const int64_t matrix = matrix_bytes(C::kFormat, args_.outputs, args_.k, C::kGated);
-    const int quarter = tile_.row_tile * C::kTileQuarters;
-    strip_ = quarter / 4;
-    weights_ = args_.weights + tile_.expert * matrix +
-               strip_ * num_blocks(args_.k) * block_bytes(C::kFormat);
-    part_ = quarter % 4;
-    if (tile_.begin() == begin_) return;  // the tokens of the tile before
-    begin_ = tile_.begin();
+    const Tile tile = (*plan_)[at_];
+    if (threadIdx.x == 0) plan_->put_after(at_);
+    at_ = Plan<C>::after(at_);
+    if (tile.expert < 0) return;
+
+    const int64_t strip_bytes = num_blocks(args_.k) * block_bytes(C::kFormat);
+    const int strips = static_cast<int>(num_strips(args_.outputs, C::kGated));
+    const int quarter = tile.row_tile * C::kTileQuarters;
+    const uint8_t* strip =
+        args_.weights + (int64_t{tile.expert} * strips + quarter / 4) * strip_bytes;
+    if constexpr (C::kHeld == 4) {  // one range
+      weights_ = strip + threadIdx.x * 16;
+      live_strips_ = strips - quarter / 4;
+    } else {  // of each block the elements of the held quarters, then their scales
+      weights_ = strip;
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int token = threadIdx.x / C::kRowChunks + i * kRowsAtOnce;
-      const int position = begin_ + token;
-      row_[i] = -1;
-      if (token < tile_.tokens()) row_[i] = args_.source ? args_.source[position] : position;
+      for (int p = 0; p < kStripPasses; ++p) {
+        const int chunk = p * C::kThreads + threadIdx.x;
+        const int block = chunk / kBlockChunks, within = chunk % kBlockChunks;
+        offset_[p] = block * block_bytes(C::kFormat) +
+                     (within < kElementChunks ? quarter % 4 * C::kQuarterElements + within * 16
+                                              : kElementBytes + quarter % 4 * C::kQuarterScales +
+                                                    (within - kElementChunks) * 16);
+      }
     }
+    left_ = static_cast<int>(num_blocks(args_.k));
+    const int chunk = threadIdx.x % C::kRowChunks;
+    inside_ = args_.k - chunk * 8;
+    // The tiles before often have the same tokens.
+    if (C::kOrder == Order::kInterleaved || tile.begin != begin_) {
+      begin_ = tile.begin;
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) {
+        const int token = threadIdx.x / C::kRowChunks + i * kRowsAtOnce;
+        const int position = tile.begin + token;
+        row_[i] = -1;
+        if (token < tile.tokens) row_[i] = args_.source ? args_.source[position] : position;
+      }
+    }
+    x_ = static_cast<const uint8_t*>(args_.x) + chunk * 16;
   }
 
-  __device__ __forceinline__ void copy() const {
-    const int blocks = static_cast<int>(num_blocks(args_.k));
-    const int live = min(C::kStageBlocks, blocks - block_);
-    // Weights: of each block the elements of the held quarters, then their scales.
-    constexpr int kElementChunks = C::kHeld * C::kQuarterElements / 16;
-    constexpr int kChunks = C::kHeldBytes / 16;
-    constexpr int kAll = C::kStageBlocks * kChunks;
-    const uint32_t weights_to = smem_ + C::kWeights + slot_ * C::kWeightBytes;
-    const uint8_t* from = weights_ + int64_t{block_} * block_bytes(C::kFormat);
+  __device__ __forceinline__ void copy(int slot) {
+    const int live = min(C::kStageBlocks, left_) * kBlockChunks - static_cast<int>(threadIdx.x);
+    const uint32_t weights_to = weights_to_ + slot * C::kWeightBytes;
+    const uint8_t* from = weights_;
 #pragma unroll
     for (int s = 0; s < C::kStrips; ++s) {
       if (s > 0) {
-        if (strip_ + s >= num_strips(args_.outputs, C::kGated)) break;
-        from += int64_t{blocks} * block_bytes(C::kFormat);
+        if (s >= live_strips_) break;
+        from += num_blocks(args_.k) * block_bytes(C::kFormat);
       }
 #pragma unroll
-      for (int first = 0; first < kAll; first += C::kThreads) {
-        const int chunk = first + threadIdx.x;
-        if (chunk >= live * kChunks) break;
-        int offset = chunk * 16;  // a whole strip is one range
-        if constexpr (C::kHeld < 4) {
-          const int block = chunk / kChunks, within = chunk % kChunks;
-          offset = block * block_bytes(C::kFormat) +
-                   (within < kElementChunks ? part_ * C::kQuarterElements + within * 16
-                                            : kElementBytes + part_ * C::kQuarterScales +
-                                                  (within - kElementChunks) * 16);
+      for (int p = 0; p < kStripPasses; ++p) {
+        if (p * C::kThreads < live) {
+          cuda::copy_async_16(weights_to + s * C::kStripBytes + p * C::kThreads * 16,
+                              from + (C::kHeld == 4 ? p * C::kThreads * 16 : offset_[p]));
         }
-        cuda::copy_async_16(weights_to + s * C::kStripBytes + chunk * 16, from + offset);
       }
     }
-    // Tokens; zeros past the end of K, since 0 * (what lay here before) might be NaN.
-    const int chunk = threadIdx.x % C::kRowChunks;
-    const int k = block_ * kBlockK + chunk * 8;
-    const uint32_t token_to = smem_ + C::kTokens + slot_ * C::kTokenBytes +
-                              threadIdx.x / C::kRowChunks * C::kTokenPitch + chunk * 16;
-    const auto* x = static_cast<const uint16_t*>(args_.x);
+    weights_ += kStageBytes;
+    // Zeros past the end of K, since 0 * (what lay here before) might be NaN.
+    const uint32_t tokens_to = tokens_to_ + slot * C::kTokenBytes;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      if (row_[i] < 0) break;
-      const bool inside = k < args_.k;
-      cuda::copy_async_16(token_to + i * kRowsAtOnce * C::kTokenPitch,
-                          x + (inside ? int64_t{row_[i]} * args_.k + k : 0), inside);
+      if (row_[i] >= 0) {
+        cuda::copy_async_16(tokens_to + i * kRowsAtOnce * C::kTokenPitch,
+                            inside_ > 0 ? x_ + int64_t{row_[i]} * args_.k * 2 : x_, inside_ > 0);
+      }
     }
+    x_ += kStageRowBytes;
+    inside_ -= kStageRowBytes / 2;
   }
 
   const GemmArgs& args_;
-  Tiles<C> tile_;
-  uint32_t smem_;
-  Tile* plan_;
-  int planned_ = 0, slot_ = 0, block_ = 0, strip_ = 0, part_ = 0, begin_ = -1;
-  const uint8_t* weights_ = nullptr;
+  Plan<C>* plan_;
+  uint32_t weights_to_, tokens_to_;
+  int at_ = 0, begin_ = -1;
+  int left_ = 0;    // blocks of the tile
+  int inside_ = 0;  // elements from this thread's chunk of a row to the end of K
+  int live_strips_ = 0;
+  const uint8_t *weights_ = nullptr, *x_ = nullptr;
+  int offset_[kStripPasses] = {};
   int row_[kPasses];
 };
 
@@ -252,16 +289,16 @@ struct Warp {
   }
 };
 
-// The products of one stage. `first` is its first block of K, `tokens` those of this warp.
-template <class C>
+// The products of one stage with the first kLive groups of this warp's tokens. `first` is the
+// stage's first block of K.
+template <class C, int kLive>
 __device__ __forceinline__ void multiply(float (&sum)[C::kQuarters][C::kGroups][4], uint32_t smem,
-                                         int slot, int first, int blocks, int tokens,
-                                         const Warp<C>& w) {
+                                         int slot, int first, int blocks, const Warp<C>& w) {
   using T = typename C::T;
   const uint32_t stage = smem + C::kWeights + slot * C::kWeightBytes;
   // A load of four 8x8 matrices serves two steps of one group of tokens; or two groups in one step,
   // which takes fewer registers.
-  constexpr int kSteps = C::kGroups % 2 ? 2 : 1, kTogether = 2 / kSteps;
+  constexpr int kSteps = kLive % 2 ? 2 : 1, kTogether = 2 / kSteps;
   const int eighth = w.lane / 8;
   const uint32_t rows =
       smem + C::kTokens + slot * C::kTokenBytes +
@@ -290,20 +327,30 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kQuarters][C::kGroups][
         for (int j = 0; j < kSteps; ++j) packed[q].fragment(step + j, a[q][j]);
       }
 #pragma unroll
-      for (int group = 0; group < C::kGroups; group += kTogether) {
-        if (group * 8 < tokens) {
-          uint32_t b[4];
-          cuda::load_matrices(rows + group * 8 * C::kTokenPitch + block * kBlockK * 2 + step * 32,
-                              b);
+      for (int group = 0; group < kLive; group += kTogether) {
+        uint32_t b[4];
+        cuda::load_matrices(rows + group * 8 * C::kTokenPitch + block * kBlockK * 2 + step * 32, b);
 #pragma unroll
-          for (int q = 0; q < C::kQuarters; ++q) {
-            cuda::mma_16x8x16<T>(sum[q][group], a[q][0], b[0], b[1]);
-            cuda::mma_16x8x16<T>(sum[q][group + kTogether - 1], a[q][kSteps - 1], b[2], b[3]);
-          }
+        for (int q = 0; q < C::kQuarters; ++q) {
+          cuda::mma_16x8x16<T>(sum[q][group], a[q][0], b[0], b[1]);
+          cuda::mma_16x8x16<T>(sum[q][group + kTogether - 1], a[q][kSteps - 1], b[2], b[3]);
         }
       }
     }
   }
+}
+
+// The same with 1, 2, 4, ... groups, as many as hold all tokens, if that is little code.
+template <class C, int kLive>
+__device__ __forceinline__ void multiply_live(float (&sum)[C::kQuarters][C::kGroups][4],
+                                              uint32_t smem, int slot, int first, int blocks,
+                                              int tokens, const Warp<C>& w) {
+  if constexpr (kLive > 1 && C::kQuarters == 1) {
+    if (tokens <= kLive * 4) {
+      return multiply_live<C, kLive / 2>(sum, smem, slot, first, blocks, tokens, w);
+    }
+  }
+  multiply<C, kLive>(sum, smem, slot, first, blocks, w);
 }
 
 // Rows of `out` of the tokens that this lane writes, -1 for none.
@@ -346,18 +393,21 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   const Warp<C> w;
   cuda::grid_launch_dependents();
   cuda::grid_wait();
-  TileTable table(pointer + C::kTables, args.experts);
-  table.template fill<C::kN>(args.offsets, row_tiles);
+  static_assert(sizeof(Plan<C>) <= C::kTables - C::kPlan);
+  auto& plan = *reinterpret_cast<Plan<C>*>(pointer + C::kPlan);
+  TileTable(pointer + C::kTables, args.experts).template fill<C::kN>(args.offsets, row_tiles);
+  if (threadIdx.x == 0) new (&plan) Plan<C>(pointer + C::kTables, args.experts, row_tiles);
   __syncthreads();
 
-  auto* plan = reinterpret_cast<Tile*>(pointer + C::kPlan);
-  Loader<C> loader(args, table, row_tiles, smem, plan);
+  Loader<C> loader(args, &plan, smem);
 #pragma unroll
-  for (int i = 0; i < C::kStages - 1; ++i) loader.load();
-  __syncthreads();
+  for (int i = 0; i < C::kStages - 1; ++i) {
+    __syncthreads();  // the tile after this stage's is in the plan
+    loader.load(i);
+  }
   const int first_token = w.token_warp * C::kGroups * 8;
   int slot = 0;
-  for (int at = 0; plan[at].expert >= 0; at = at + 1 == C::kPlanned ? 0 : at + 1) {
+  for (int at = 0; plan[at].expert >= 0; at = Plan<C>::after(at)) {
     const Tile& tile = plan[at];
     // Read now what the end of the tile needs, if that is little.
     constexpr bool kEarly = C::kGroups <= 2;
@@ -369,8 +419,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     for (int first = 0; first < blocks; first += C::kStageBlocks) {
       cuda::copy_async_wait<C::kStages - 2>();
       __syncthreads();
-      loader.load();
-      multiply<C>(sum, smem, slot, first, blocks, tokens, w);
+      loader.load(slot == 0 ? C::kStages - 1 : slot - 1);  // the stage before
+      if (tokens > 0) multiply_live<C, C::kGroups>(sum, smem, slot, first, blocks, tokens, w);
       if (++slot == C::kStages) slot = 0;
     }
 

@@ -4,7 +4,7 @@ namespace jaxmoe::sm80 {
 namespace {
 
 template <class T, Format kFormat, Epilogue kEpilogue>
-using Config = GemmConfig<T, kFormat, kEpilogue, Order::kContiguous, 8, 1, 1, 1, 8, 1, 4, 4>;
+using Config = GemmConfig<T, kFormat, kEpilogue, Order::kContiguous, 8, 1, 1, 1, 4, 2, 3, 5>;
 using All = Instances<Config, GemmRun, GemmArgs, Format::kNvfp4, Format::kMxfp4>;
 
 }  // namespace

@@ -4,7 +4,7 @@ namespace jaxmoe::sm80 {
 namespace {
 
 template <class T, Format kFormat, Epilogue kEpilogue>
-using Config = GemmConfig<T, kFormat, kEpilogue, Order::kInterleaved, 128, 4, 2, 2, 1, 1, 3, 2>;
+using Config = GemmConfig<T, kFormat, kEpilogue, Order::kInterleaved, 128, 4, 4, 2, 1, 1, 3, 1>;
 using All = Instances<Config, GemmRun, GemmArgs, Format::kNvfp4, Format::kMxfp4>;
 
 }  // namespace

@@ -4,7 +4,7 @@ namespace jaxmoe::sm80 {
 namespace {
 
 template <class T, Format kFormat, Epilogue kEpilogue>
-using Config = GemmConfig<T, kFormat, kEpilogue, Order::kContiguous, 16, 4, 1, 1, 2, 1, 6, 3>;
+using Config = GemmConfig<T, kFormat, kEpilogue, Order::kContiguous, 8, 4, 1, 1, 2, 2, 4, 3>;
 using All = Instances<Config, GemmRun, GemmArgs, Format::kNvfp4, Format::kMxfp4>;
 
 }  // namespace

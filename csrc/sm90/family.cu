@@ -44,6 +44,7 @@ const Tactic* mlp_tactic(Format format, const MlpShape& s, bool gated) {
 const Family kFamily = {
     {&kFused, &kDecode, &kWgmma64, &kWgmma64Tall, &kWgmma128, &kWgmma192, &kWgmma256},
     product_tactic,
-    mlp_tactic};
+    mlp_tactic,
+    quantize_rows};
 
 }  // namespace jaxmoe::sm90
