@@ -1,6 +1,6 @@
-"""Checks the machine code of the Hopper kernels: matrix instructions there, local memory nowhere.
+"""Checks the machine code of a GPU library: matrix instructions there, local memory nowhere.
 
-    python .ci/check_sass.py build/_sm90.so
+    python .ci/check_sass.py sm90 build/_sm90.so
 
 Needs `cuobjdump` on PATH or in the package nvidia-cuda-cuobjdump.
 """
@@ -12,8 +12,15 @@ import shutil
 import subprocess
 import sys
 
-# What a kernel's code must contain, by a part of its mangled name.
-REQUIRED = {"gemm_kernel": "HGMMA", "decode_kernel": "HMMA", "fused_kernel": "HMMA"}
+# By family: the targets that it holds code for, and what a kernel's code must contain, by a part of
+# its mangled name.
+FAMILIES = {
+    "sm80": ({"sm_80", "sm_90", "sm_100", "sm_120"}, {"mma_kernel": "HMMA"}),
+    "sm90": (
+        {"sm_90a"},
+        {"gemm_kernel": "HGMMA", "decode_kernel": "HMMA", "fused_kernel": "HMMA"},
+    ),
+}
 
 
 def cuobjdump() -> str:
@@ -27,26 +34,41 @@ def cuobjdump() -> str:
     sys.exit("cuobjdump was not found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
 
 
-def main(library: str) -> None:
-    dump = subprocess.run(
-        [cuobjdump(), "-sass", library], check=True, capture_output=True, text=True
-    ).stdout
-    counted = dict.fromkeys(REQUIRED, 0)
+def check(dump: str, family: str) -> tuple[dict[str, int], list[str]]:
+    """How many kernels there are of each kind and target, and what is wrong."""
+    targets, required = FAMILIES[family]
+    counted = {f"{target} {part}": 0 for target in sorted(targets) for part in required}
     wrong = []
-    for function in dump.split("Function : ")[1:]:
-        name, _, code = function.partition("\n")
-        for part, instruction in REQUIRED.items():
-            if part in name:
-                counted[part] += 1
+    for section in re.split(r"(?m)^\s*code for ", dump)[1:]:
+        target, _, functions = section.partition("\n")
+        target = target.strip()
+        if target not in targets:
+            wrong.append(f"code for {target}, where {', '.join(sorted(targets))} belong")
+            continue
+        for function in functions.split("Function : ")[1:]:
+            name, _, code = function.partition("\n")
+            for part, instruction in required.items():
+                if part not in name:
+                    continue
+                counted[f"{target} {part}"] += 1
                 if instruction not in code:
-                    wrong.append(f"{name}: no {instruction}")
-        if any(part in name for part in REQUIRED) and re.search(r"\b(LDL|STL)\b", code):
-            wrong.append(f"{name}: local memory (LDL or STL)")
-    if ".target sm_90a" in dump or "PTX" in dump:
-        wrong.append(f"{library}: holds PTX; only machine code for sm_90a belongs there")
+                    wrong.append(f"{target} {name}: no {instruction}")
+                if re.search(r"\b(LDL|STL)\b", code):
+                    wrong.append(f"{target} {name}: local memory (LDL or STL)")
+    wrong += [f"no code: {kind}" for kind, count in counted.items() if count == 0]
+    if "Fatbin ptx code" in dump:
+        wrong.append("PTX; only machine code belongs here")
+    return counted, wrong
+
+
+def main(family: str, library: str) -> None:
+    dump = subprocess.run(
+        [cuobjdump(), "-sass", "-ptx", library], check=True, capture_output=True, text=True
+    ).stdout
+    counted, wrong = check(dump, family)
     print(f"{library}: {counted}")
-    if wrong or not all(counted.values()):
-        sys.exit("\n".join(wrong) or "a kind of kernel is missing")
+    if wrong:
+        sys.exit("\n".join(f"{library}: {sentence}" for sentence in wrong))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ import dataclasses
 import functools
 import itertools
 
-import hopper
+import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import problems
 import pytest
-from hopper import DTYPES, EDGE_TOKENS, obstacle
+from families import DTYPES, EDGE_TOKENS, obstacle
 from problems import ACTIVATIONS, EDGES, GROUPED_EDGES, GroupedSpec, Spec
 from suite import TOLERANCE, assert_matches, assert_same_bits, prepared, relative_l2, run
 
@@ -21,9 +21,9 @@ from jaxmoe.kernels import sm90
 
 VARIANT = "sm90_w4a8"
 WHY_NOT = obstacle(VARIANT)
-TACTICS = ("", *(() if WHY_NOT else sm90.tactics(VARIANT)))
-run_tactic = functools.partial(hopper.run_tactic, VARIANT)
-run_grouped_tactic = functools.partial(hopper.run_grouped_tactic, VARIANT)
+TACTICS = families.tactics(VARIANT)
+run_tactic = functools.partial(families.run_tactic, VARIANT)
+run_grouped_tactic = functools.partial(families.run_grouped_tactic, VARIANT)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "runs here")]
 every_half = pytest.mark.parametrize("dtype", DTYPES)
@@ -92,10 +92,10 @@ def test_an_unknown_tactic_is_refused_by_name():
     ],
 )
 def test_a_wrong_call_is_refused_with_the_argument(change, message):
-    values, attrs = hopper.raw_call(VARIANT, "mxfp4", problem_of())
+    values, attrs = families.raw_call(VARIANT, "mxfp4", problem_of())
     for name, value in change.items():
         (values if name in values else attrs)[name] = value
-    hopper.assert_refused(values, attrs, message)
+    families.assert_refused(VARIANT, values, attrs, message)
 
 
 # --- against the oracles --------------------------------------------------------------------------
@@ -341,5 +341,5 @@ def test_rebased_blocks_are_multiplied_as_they_were_rounded():
     x[:, :128] = 0
     w = oracle.Bits("mxfp4", w.data, scale)
     problem = dataclasses.replace(problem, w=w, x=x)
-    got = hopper.run_grouped_tactic(VARIANT, problem, "")
+    got = families.run_grouped_tactic(VARIANT, problem, "")
     assert_matches(got, problem.expected("w4a8")[:, None], ROUNDED)

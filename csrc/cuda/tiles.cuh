@@ -1,11 +1,11 @@
 // Which tile of which expert: made by every block of threads from the offsets of the sorted tokens.
-#ifndef JAXMOE_CSRC_SM90_TILES_CUH_
-#define JAXMOE_CSRC_SM90_TILES_CUH_
+#ifndef JAXMOE_CSRC_CUDA_TILES_CUH_
+#define JAXMOE_CSRC_CUDA_TILES_CUH_
 
 #include <cstdint>
 #include <type_traits>
 
-namespace jaxmoe::sm90 {
+namespace jaxmoe::cuda {
 
 template <int kValue>
 using Int = std::integral_constant<int, kValue>;
@@ -134,6 +134,6 @@ class TileTable {
   int experts_;
 };
 
-}  // namespace jaxmoe::sm90
+}  // namespace jaxmoe::cuda
 
-#endif  // JAXMOE_CSRC_SM90_TILES_CUH_
+#endif  // JAXMOE_CSRC_CUDA_TILES_CUH_

@@ -1,12 +1,13 @@
-// Checks and times the Hopper kernels through their C++ API, without JAX. From the repository root,
-// in one line:
+// Checks and times the GPU kernels of one family through their C++ API, without JAX. From the
+// repository root, in one line:
 //
 //   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -Icsrc
-//       benchmarks/native/sm90.cu csrc/sm90/*.cu csrc/cuda/*.cu -o bench_sm90
+//       -DFAMILY=sm90 benchmarks/native/moe_mlp.cu csrc/sm90/*.cu csrc/cuda/*.cu -o bench_sm90
 //   ./bench_sm90 check odd,qwen3-30b-a3b nvfp4,mxfp4 1,17,300 auto,decode,wgmma64
 //   ./bench_sm90 time qwen3-30b-a3b nvfp4 1 fused,decode
 //   ./bench_sm90 time gpt-oss-120b mxfp4 1,64,4096 auto
 //
+// and the same with sm80 in place of sm90, and the SM at hand. `all` are all tactics of a format.
 // The formats are nvfp4, mxfp4, and mxfp4-fp8: mxfp4 with x and h quantised to e4m3 (W4A8). x is
 // bf16, the activation SwiGLU, without biases. A line has the layer, format, tokens, tactic
 // and error relative to float64 on a few tokens; with `time`, also the median time, packed bytes of
@@ -26,10 +27,17 @@
 #include <string>
 #include <vector>
 
-#include "sm90/moe_mlp.h"
+#include "cuda/moe_mlp.h"
+#include "cuda/tactics.h"
 
-namespace jaxmoe::sm90 {
+namespace jaxmoe::FAMILY {
+extern const cuda::Family kFamily;
+}
+
+namespace jaxmoe::cuda {
 namespace {
+
+const Family& kFamily = FAMILY::kFamily;
 
 using Bf16 = __nv_bfloat16;
 
@@ -334,7 +342,7 @@ class Bench {
 
   // Prints one line; false where something is wrong.
   bool run(int tokens, const std::string& tactic) {
-    const char* usual = default_tactic(format_, shape(tokens), true);
+    const char* usual = default_tactic(kFamily, format_, shape(tokens), true);
     std::printf("%-15s %-9s T=%-5d %-9s", layer_.name.c_str(), kFormats[static_cast<int>(format_)],
                 tokens, tactic.empty() ? usual : tactic.c_str());
     std::fflush(stdout);  // says which case it was if the kernel hangs
@@ -369,7 +377,7 @@ class Bench {
     args.shape = shape(tokens);
     args.format = format_;
     args.dtype = Dtype::kBf16;
-    args.activation = cuda::Activation::kSwiglu;
+    args.activation = Activation::kSwiglu;
     args.num_params = 3;
     args.x = x_.get();
     args.gate_up = set.gate_up.get();
@@ -381,7 +389,7 @@ class Bench {
     args.weights = weights_.get();
     args.expert_offset = expert_offset_.get();
     args.out = out_.get();
-    return moe_mlp(args, tactic, workspace_.get(), stream_.get());
+    return moe_mlp(kFamily, args, tactic, workspace_.get(), stream_.get());
   }
 
   // All bits set are NaN in every float: shows what is read too early, or never written.
@@ -526,10 +534,22 @@ Format parse_format(const std::string& name) {
   die("format '" + name + "' is none of" + names);
 }
 
+std::vector<std::string> tactic_names(Format format, const std::string& list) {
+  std::vector<std::string> names;
+  for (const std::string& item : split(list)) {
+    if (item == "all") {
+      for (const TacticInfo& info : tactics(kFamily, format)) names.emplace_back(info.name);
+    } else {
+      names.push_back(item == "auto" ? "" : item);
+    }
+  }
+  return names;
+}
+
 int run(int argc, char** argv) {
   const std::string mode = argc == 6 ? argv[1] : "";
   if (mode != "check" && mode != "time") {
-    die("usage: bench_sm90 check|time LAYERS FORMATS TOKENS TACTICS, with commas in the lists");
+    die("usage: bench check|time LAYERS FORMATS TOKENS TACTICS, with commas in the lists");
   }
   std::vector<int> token_counts;
   for (const std::string& item : split(argv[4])) token_counts.push_back(std::atoi(item.c_str()));
@@ -540,8 +560,8 @@ int run(int argc, char** argv) {
     for (const std::string& format : split(argv[3])) {
       Bench bench(parse_layer(layer), parse_format(format), *most, mode == "time");
       for (const int tokens : token_counts) {
-        for (const std::string& tactic : split(argv[5])) {
-          right &= bench.run(tokens, tactic == "auto" ? "" : tactic);
+        for (const std::string& tactic : tactic_names(parse_format(format), argv[5])) {
+          right &= bench.run(tokens, tactic);
         }
       }
     }
@@ -550,6 +570,6 @@ int run(int argc, char** argv) {
 }
 
 }  // namespace
-}  // namespace jaxmoe::sm90
+}  // namespace jaxmoe::cuda
 
-int main(int argc, char** argv) { return jaxmoe::sm90::run(argc, argv); }
+int main(int argc, char** argv) { return jaxmoe::cuda::run(argc, argv); }

@@ -1,12 +1,12 @@
 // What the grouped products take, for host and device.
-#ifndef JAXMOE_CSRC_SM90_GEMM_H_
-#define JAXMOE_CSRC_SM90_GEMM_H_
+#ifndef JAXMOE_CSRC_CUDA_GEMM_H_
+#define JAXMOE_CSRC_CUDA_GEMM_H_
 
 #include <cstdint>
 
 #include "cuda/activations.h"
 
-namespace jaxmoe::sm90 {
+namespace jaxmoe::cuda {
 
 // What happens to a sum before it is rounded; kSwiglu is kGated for one activation, and faster.
 enum class Epilogue { kStore, kPlain, kGated, kSwiglu };
@@ -30,9 +30,9 @@ struct GemmArgs {
   int outputs;
   int k;
   int num_params;
-  cuda::Activation activation;
+  Activation activation;
 };
 
-}  // namespace jaxmoe::sm90
+}  // namespace jaxmoe::cuda
 
-#endif  // JAXMOE_CSRC_SM90_GEMM_H_
+#endif  // JAXMOE_CSRC_CUDA_GEMM_H_

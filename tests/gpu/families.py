@@ -1,4 +1,4 @@
-"""What the tests of the Hopper variants share: the obstacle, and calls by a named tactic."""
+"""What the tests of the GPU variants share: the obstacle, and calls by a named tactic."""
 
 import functools
 
@@ -9,30 +9,50 @@ import pytest
 from suite import COMPUTE, activation_arrays, prepared, run, run_grouped
 
 import jaxmoe
-from jaxmoe.kernels import sm90
+from jaxmoe.capability import TABLE
+from jaxmoe.kernels import FAMILIES
 from jaxmoe.kernels.xla import MlpConfig
 
 DTYPES = ("bfloat16", "float16")
+ROWS = {row.variant: row for row in TABLE}
 
 # Around the edges of every tile of tokens, and beyond several.
 EDGE_TOKENS = (0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 257)
 
 
+def family(variant):
+    """The module of a variant's kernels."""
+    return FAMILIES[ROWS[variant].family]
+
+
+@functools.cache
 def obstacle(variant):
     """Why a variant cannot run here, or ""."""
-    module, why = sm90.library()
+    module, why = family(variant).library()
     if module is None:
         return why
     if variant not in module.manifest()["variants"]:
-        return f"the library jaxmoe._sm90 that was built has no {variant}"
-    return "" if sm90._device() is not None else "needs an NVIDIA GPU of SM 90 (H100, H200, GH200)"
+        return f"the library that was built has no {variant}"
+    sms = ", ".join(map(str, sorted(ROWS[variant].sms)))
+    return "" if family(variant)._device() is not None else f"needs an NVIDIA GPU of SM {sms}"
+
+
+def tactics(variant):
+    """ "" for the library's own choice, then every name; the choice alone where it cannot run."""
+    return ("", *(() if obstacle(variant) else family(variant).tactics(variant)))
+
+
+def marked(variant, *values):
+    """A parameter that is skipped, with the reason, where the variant cannot run."""
+    why = obstacle(variant)
+    return pytest.param(variant, *values, marks=[pytest.mark.skip(reason=why)] if why else [])
 
 
 @functools.cache
 def by_tactic(variant: str, activation: str, weight_on_input: bool, tactic: str):
     """jit of the kernel's own call with a named tactic."""
     config = MlpConfig(jaxmoe.activations.ACTIVATIONS[activation], weight_on_input)
-    return jax.jit(functools.partial(sm90.moe_mlp, config, variant, tactic=tactic))
+    return jax.jit(functools.partial(family(variant).moe_mlp, config, variant, tactic=tactic))
 
 
 def run_tactic(variant, problem, tactic):
@@ -58,7 +78,7 @@ def run_tactic(variant, problem, tactic):
 @functools.cache
 def grouped_by_tactic(variant: str, tactic: str, out_dtype: str):
     def call(*operands):
-        return sm90.grouped_matmul(variant, *operands, out_dtype, tactic=tactic)
+        return family(variant).grouped_matmul(variant, *operands, out_dtype, tactic=tactic)
 
     return jax.jit(call)
 
@@ -97,10 +117,11 @@ def raw_call(variant, weight_format, problem):
     return values, attrs
 
 
-def assert_refused(values, attrs, message, workspace=1 << 22):
-    sm90._native()
+def assert_refused(variant, values, attrs, message, workspace=1 << 22):
+    module = family(variant)
+    module._native()
     out = jax.ShapeDtypeStruct(values["x"].shape, values["x"].dtype)
     results = (out, jax.ShapeDtypeStruct((workspace,), jnp.uint8))
-    call = jax.ffi.ffi_call(sm90.MOE_MLP, results)
-    with pytest.raises(Exception, match=r"moe_mlp \(sm90\): " + message):
+    call = jax.ffi.ffi_call(module.MOE_MLP, results)
+    with pytest.raises(Exception, match=rf"moe_mlp \({ROWS[variant].family}\): " + message):
         jax.block_until_ready(call(*map(jnp.asarray, values.values()), **attrs))

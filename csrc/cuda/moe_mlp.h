@@ -1,7 +1,7 @@
-// The whole expert MLP on one Hopper GPU, from sorted experts to the weighted sum: what the FFI
-// handlers call. Nothing here allocates, synchronises, or knows of XLA.
-#ifndef JAXMOE_CSRC_SM90_MOE_MLP_H_
-#define JAXMOE_CSRC_SM90_MOE_MLP_H_
+// The whole expert MLP on one GPU, by the tactics of a family, from sorted experts to the weighted
+// sum: what the FFI handlers call. Nothing here allocates, synchronises, or knows of XLA.
+#ifndef JAXMOE_CSRC_CUDA_MOE_MLP_H_
+#define JAXMOE_CSRC_CUDA_MOE_MLP_H_
 
 #include <cuda_runtime_api.h>
 
@@ -10,14 +10,14 @@
 #include <vector>
 
 #include "cuda/activations.h"
+#include "cuda/layout.h"
 #include "cuda/route.h"
-#include "sm90/layout.h"
 
-namespace jaxmoe::sm90 {
+namespace jaxmoe::cuda {
 
 enum class Dtype { kBf16, kFp16 };
 
-using cuda::kMaxExperts;
+struct Family;  // cuda/tactics.h
 
 // Kernels of the two products and their tile shapes, or of the whole MLP, by name; the empty name
 // is `default_tactic`.
@@ -25,7 +25,7 @@ struct TacticInfo {
   const char* name;
   int smem_bytes;  // most shared memory that one of its kernels takes
 };
-std::vector<TacticInfo> tactics(Format format);
+std::vector<TacticInfo> tactics(const Family& family, Format format);
 
 struct MlpShape {
   int64_t tokens;
@@ -34,13 +34,13 @@ struct MlpShape {
   int64_t experts;
   int64_t top_k;
 };
-const char* default_tactic(Format format, const MlpShape& shape, bool gated);
+const char* default_tactic(const Family& family, Format format, const MlpShape& shape, bool gated);
 
 struct MlpArgs {
   MlpShape shape;
   Format format;
   Dtype dtype;
-  cuda::Activation activation;
+  Activation activation;
   int num_params;
   bool weight_on_input;
   const void* x;                 // [T, H]
@@ -83,11 +83,11 @@ int64_t mlp_workspace_bytes(Format format, const MlpShape& shape);
 int64_t grouped_workspace_bytes(Format format, const GroupedShape& shape);
 
 // Enqueue on `stream`. Return "" or what went wrong, with the kernel's name.
-std::string moe_mlp(const MlpArgs& args, const std::string& tactic, void* workspace,
-                    cudaStream_t stream);
-std::string grouped_matmul(const GroupedArgs& args, const std::string& tactic, void* workspace,
-                           cudaStream_t stream);
+std::string moe_mlp(const Family& family, const MlpArgs& args, const std::string& tactic,
+                    void* workspace, cudaStream_t stream);
+std::string grouped_matmul(const Family& family, const GroupedArgs& args, const std::string& tactic,
+                           void* workspace, cudaStream_t stream);
 
-}  // namespace jaxmoe::sm90
+}  // namespace jaxmoe::cuda
 
-#endif  // JAXMOE_CSRC_SM90_MOE_MLP_H_
+#endif  // JAXMOE_CSRC_CUDA_MOE_MLP_H_

@@ -11,15 +11,15 @@
 // 2^-9 for bf16, exactly: a product of e2m1 and e4m3 has at most six significant bits. Eleven
 // integer instructions and four multiplications for eight elements. For fp16 the bits go to 15, 11,
 // 10, 9 (e2m1 * 2^-14) and the factor is scale * 2^6, or 2^15 for the largest MXFP4 scale.
-#ifndef JAXMOE_CSRC_SM90_DEQUANTIZE_CUH_
-#define JAXMOE_CSRC_SM90_DEQUANTIZE_CUH_
+#ifndef JAXMOE_CSRC_CUDA_DEQUANTIZE_CUH_
+#define JAXMOE_CSRC_CUDA_DEQUANTIZE_CUH_
 
 #include <type_traits>
 
+#include "cuda/layout.h"
 #include "cuda/ptx.cuh"
-#include "sm90/layout.h"
 
-namespace jaxmoe::sm90 {
+namespace jaxmoe::cuda {
 
 // What the accumulator is multiplied by, beside the global scale: the inverse of what `dequantize`
 // leaves in its products.
@@ -72,8 +72,8 @@ __device__ __forceinline__ void unpack<__half>(uint32_t x, uint32_t (&a)[4]) {
 // half of `factors` costs nothing: it is a modifier of the multiplication.)
 template <class T>
 __device__ __forceinline__ void dequantize(uint32_t x, uint32_t factors, uint32_t (&a)[4]) {
-  using P = cuda::Pair<T>;
-  const uint32_t low = cuda::splat_low_half(factors), high = cuda::splat_high_half(factors);
+  using P = Pair<T>;
+  const uint32_t low = splat_low_half(factors), high = splat_high_half(factors);
   unpack<T>(x, a);
   a[0] = P::multiply(a[0], low);
   a[1] = P::multiply(a[1], high);
@@ -89,13 +89,13 @@ struct PackedBlock {
 
   // Addresses in shared memory: of the lane's 16 bytes of elements and of its rows' scales.
   __device__ __forceinline__ void load(uint32_t elements, uint32_t scales) {
-    const uint4 v = cuda::load_shared_16(elements);
+    const uint4 v = load_shared_16(elements);
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
     if constexpr (scales_per_row(kFormat) == 4) {
-      const uint2 s = cuda::load_shared_8(scales);
+      const uint2 s = load_shared_8(scales);
       scale[0] = s.x, scale[1] = s.y;
     } else {
-      scale[0] = scale[1] = cuda::load_shared_4(scales);
+      scale[0] = scale[1] = load_shared_4(scales);
     }
   }
   __device__ __forceinline__ void fragment(int step, uint32_t (&a)[4]) const {
@@ -131,10 +131,10 @@ struct PackedBlock<T, Format::kMxfp4Fp8> {
   __device__ __forceinline__ void load(uint32_t elements, uint32_t scales) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint4 v = cuda::load_shared_16(elements + r * (element_bytes(Format::kMxfp4Fp8) / 2));
+      const uint4 v = load_shared_16(elements + r * (element_bytes(Format::kMxfp4Fp8) / 2));
       words[r][0] = v.x, words[r][1] = v.y, words[r][2] = v.z, words[r][3] = v.w;
     }
-    const uint2 s = cuda::load_shared_8(scales);
+    const uint2 s = load_shared_8(scales);
     scale[0] = s.x, scale[1] = s.y;
   }
   __device__ __forceinline__ void fragment(int step, uint32_t (&a)[4]) const {
@@ -143,6 +143,6 @@ struct PackedBlock<T, Format::kMxfp4Fp8> {
   }
 };
 
-}  // namespace jaxmoe::sm90
+}  // namespace jaxmoe::cuda
 
-#endif  // JAXMOE_CSRC_SM90_DEQUANTIZE_CUH_
+#endif  // JAXMOE_CSRC_CUDA_DEQUANTIZE_CUH_

@@ -1,13 +1,13 @@
 // From a lane's sums to finished values: scale, bias, activation. Both kernels end with it.
-#ifndef JAXMOE_CSRC_SM90_EPILOGUE_CUH_
-#define JAXMOE_CSRC_SM90_EPILOGUE_CUH_
+#ifndef JAXMOE_CSRC_CUDA_EPILOGUE_CUH_
+#define JAXMOE_CSRC_CUDA_EPILOGUE_CUH_
 
 #include "cuda/activations.cuh"
+#include "cuda/dequantize.cuh"
+#include "cuda/gemm.h"
 #include "cuda/ptx.cuh"
-#include "sm90/dequantize.cuh"
-#include "sm90/gemm.h"
 
-namespace jaxmoe::sm90 {
+namespace jaxmoe::cuda {
 
 // What a lane needs for the rows g and g + 8 that one warp holds of a strip.
 template <class T, Format kFormat, Epilogue kEpilogue>
@@ -16,7 +16,7 @@ struct Finish {
   float row_scale[2];  // of the rows g and g + 8, for e4m3
   float bias, bias8;
   float params[3];
-  cuda::Activation activation;
+  Activation activation;
 
   Finish() = default;
   // `warp_row`: the first of the warp's rows: of `out`'s columns, or of gate and up each.
@@ -62,20 +62,19 @@ struct Finish {
     constexpr int kLine = 32;                                       // floats of a cache line
     if (outputs <= 0) return;
     const int last = first + outputs - 1;
-    if (lane == 0) cuda::prefetch_l1(args.global_scale + expert);
+    if (lane == 0) prefetch_l1(args.global_scale + expert);
     if (kGated && lane < args.num_params) {
-      cuda::prefetch_l1(args.params + lane * args.experts + expert);
+      prefetch_l1(args.params + lane * args.experts + expert);
     }
     if (is_fp8(kFormat) && lane < divide_up(outputs, kOutputs)) {
-      cuda::prefetch_l1(args.weights +
-                        expert * matrix_bytes(kFormat, args.outputs, args.k, kGated) +
-                        (first / kOutputs + lane + 1) * strip_bytes(kFormat, args.k) - kStripRows);
+      prefetch_l1(args.weights + expert * matrix_bytes(kFormat, args.outputs, args.k, kGated) +
+                  (first / kOutputs + lane + 1) * strip_bytes(kFormat, args.k) - kStripRows);
     }
     if (args.bias) {
       const float* bias = args.bias + int64_t{expert} * args.outputs * (kGated ? 2 : 1);
       for (int i = first + lane * kLine; i < last + kLine; i += 32 * kLine) {
-        cuda::prefetch_l1(bias + min(i, last));
-        if (kGated) cuda::prefetch_l1(bias + args.outputs + min(i, last));
+        prefetch_l1(bias + min(i, last));
+        if (kGated) prefetch_l1(bias + args.outputs + min(i, last));
       }
     }
   }
@@ -84,7 +83,7 @@ struct Finish {
   // Yields one pair for a gated epilogue, else two (rows g and g + 8).
   __device__ __forceinline__ void operator()(const float* sum, float2 weight,
                                              uint32_t (&out)[2]) const {
-    using P = cuda::Pair<T>;
+    using P = Pair<T>;
     const float s[2] = {scale * weight.x, scale * weight.y};
     if constexpr (is_gated(kEpilogue)) {
       float h[2];
@@ -92,8 +91,8 @@ struct Finish {
       for (int i = 0; i < 2; ++i) {
         const float gate = scaled(sum[i], s[i], 0) + bias;
         const float up = scaled(sum[2 + i], s[i], 1) + bias8;
-        h[i] = kEpilogue == Epilogue::kSwiglu ? cuda::swiglu(gate, up, params)
-                                              : cuda::activate_gated(activation, gate, up, params);
+        h[i] = kEpilogue == Epilogue::kSwiglu ? swiglu(gate, up, params)
+                                              : activate_gated(activation, gate, up, params);
       }
       out[0] = P::make(h[0], h[1]);
     } else {
@@ -101,7 +100,7 @@ struct Finish {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         y[i] = scaled(sum[i], s[i % 2], i / 2) + (i < 2 ? bias : bias8);
-        if constexpr (kEpilogue == Epilogue::kPlain) y[i] = cuda::activate_plain(activation, y[i]);
+        if constexpr (kEpilogue == Epilogue::kPlain) y[i] = activate_plain(activation, y[i]);
       }
       out[0] = P::make(y[0], y[1]);
       out[1] = P::make(y[2], y[3]);
@@ -121,6 +120,6 @@ struct Finish {
   }
 };
 
-}  // namespace jaxmoe::sm90
+}  // namespace jaxmoe::cuda
 
-#endif  // JAXMOE_CSRC_SM90_EPILOGUE_CUH_
+#endif  // JAXMOE_CSRC_CUDA_EPILOGUE_CUH_

@@ -1,19 +1,15 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cuda/quantize.h"
+#include "cuda/moe_mlp.h"
 #include "cuda/route.h"
-#include "sm90/moe_mlp.h"
-#include "sm90/tactics.h"
+#include "cuda/tactics.h"
 
-namespace jaxmoe::sm90 {
+namespace jaxmoe::cuda {
 namespace {
 
-const Tactic* const kTactics[] = {&kFused,    &kDecode,   &kWgmma64, &kWgmma64Tall,
-                                  &kWgmma128, &kWgmma192, &kWgmma256};
-
-const Tactic* find(Format format, const std::string& name) {
-  for (const Tactic* t : kTactics) {
+const Tactic* find(const Family& family, Format format, const std::string& name) {
+  for (const Tactic* t : family.tactics) {
     if (name == t->name && t->smem_bytes(format) > 0) return t;
   }
   return nullptr;
@@ -52,7 +48,7 @@ struct MlpWorkspace {
     token_of = arena.take<int32_t>(pairs);
     pair_of = arena.take<int32_t>(pairs);
     position_of = arena.take<int32_t>(pairs);
-    counts = arena.take<int32_t>(cuda::sort_count_elements(pairs, s.experts));
+    counts = arena.take<int32_t>(sort_count_elements(pairs, s.experts));
     h = arena.take<uint16_t>(pairs * num_blocks(s.intermediate) * kBlockK);
     y = arena.take<uint16_t>(pairs * s.hidden);
     if (is_fp8(format)) {
@@ -85,46 +81,10 @@ std::string failed(const char* what, cudaError_t error) {
   return std::string(what) + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
 }
 
-// By the tokens of an expert, if all experts that can have one have as many; as measured on an H100
-// (docs/performance.md).
-const Tactic* default_product_tactic(Format format, int64_t rows, int64_t experts) {
-  const int64_t mean = rows / std::max<int64_t>(1, std::min(rows, experts));
-  if (rows <= 16 && !is_fp8(format)) return &kDecode;
-  if (mean <= 48) return &kWgmma64;
-  if (mean >= 100 && mean <= 160) return &kWgmma192;
-  return mean < (is_fp8(format) ? 160 : 320) ? &kWgmma128 : &kWgmma256;
-}
-
-// Whether tiles of `strips` strips are several for each multiprocessor of an H100 and, where the
-// time of a tile is that of its weights, cut both matrices without rest.
-bool suits(Format format, const MlpShape& s, bool gated, int strips) {
-  constexpr int64_t kTiles = 2 * 132;
-  const int64_t up = num_strips(s.intermediate, gated), down = num_strips(s.hidden, false);
-  const int64_t experts = std::min(s.experts, s.tokens * s.top_k);
-  const bool divides = up % strips == 0 && down % strips == 0;
-  return (divides || is_fp8(format)) && std::min(up, down) / strips * experts >= kTiles;
-}
-
-// One kernel is faster than four for a single token, as long as its weights are so few that latency
-// is most of the time.
-bool prefers_fused(Format format, const MlpShape& s, bool gated) {
-  constexpr int64_t kMostBytes = int64_t{40} << 20;
-  const int64_t expert = matrix_bytes(format, s.intermediate, s.hidden, gated) +
-                         matrix_bytes(format, s.hidden, s.intermediate, false);
-  return s.tokens == 1 && std::min(s.experts, s.top_k) * expert <= kMostBytes &&
-         kFused.smem_bytes(format) > 0 && kFused.obstacle(s).empty();
-}
-
-const Tactic* default_mlp_tactic(Format format, const MlpShape& s, bool gated) {
-  if (prefers_fused(format, s, gated)) return &kFused;
-  const Tactic* tactic = default_product_tactic(format, s.tokens * s.top_k, s.experts);
-  return tactic == &kWgmma64 && suits(format, s, gated, 8) ? &kWgmma64Tall : tactic;
-}
-
 // Names of the tactics; of those that can run one product alone where that is asked for.
-std::string names(Format format, bool of_products) {
+std::string names(const Family& family, Format format, bool of_products) {
   std::string all;
-  for (const Tactic* t : kTactics) {
+  for (const Tactic* t : family.tactics) {
     if (t->smem_bytes(format) == 0 || (of_products && !t->run)) continue;
     all += (all.empty() ? "" : ", ") + std::string(t->name);
   }
@@ -184,16 +144,16 @@ GemmArgs second_product(const MlpArgs& a, const MlpWorkspace& w) {
 
 }  // namespace
 
-std::vector<TacticInfo> tactics(Format format) {
+std::vector<TacticInfo> tactics(const Family& family, Format format) {
   std::vector<TacticInfo> list;
-  for (const Tactic* t : kTactics) {
+  for (const Tactic* t : family.tactics) {
     if (const int bytes = t->smem_bytes(format)) list.push_back({t->name, bytes});
   }
   return list;
 }
 
-const char* default_tactic(Format format, const MlpShape& shape, bool gated) {
-  return default_mlp_tactic(format, shape, gated)->name;
+const char* default_tactic(const Family& family, Format format, const MlpShape& shape, bool gated) {
+  return family.mlp_tactic(format, shape, gated)->name;
 }
 
 int64_t mlp_workspace_bytes(Format format, const MlpShape& shape) {
@@ -204,17 +164,17 @@ int64_t grouped_workspace_bytes(Format format, const GroupedShape& shape) {
   return GroupedWorkspace(nullptr, format, shape).bytes;
 }
 
-std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
-                    cudaStream_t stream) {
+std::string moe_mlp(const Family& family, const MlpArgs& a, const std::string& name,
+                    void* workspace, cudaStream_t stream) {
   const MlpShape& s = a.shape;
   if (s.tokens == 0) return "";
-  const Tactic* tactic = name.empty()
-                             ? default_mlp_tactic(a.format, s, cuda::is_gated(a.activation))
-                             : find(a.format, name);
-  if (!tactic) return "tactic must be one of " + names(a.format, false) + ", got '" + name + "'";
+  const Tactic* tactic = name.empty() ? family.mlp_tactic(a.format, s, is_gated(a.activation))
+                                      : find(family, a.format, name);
+  if (!tactic)
+    return "tactic must be one of " + names(family, a.format, false) + ", got '" + name + "'";
   Launch launch{a.format, a.dtype, Epilogue::kPlain, 0, stream};
-  if (cuda::is_gated(a.activation)) launch.epilogue = Epilogue::kGated;
-  if (a.activation == cuda::Activation::kSwiglu) launch.epilogue = Epilogue::kSwiglu;
+  if (is_gated(a.activation)) launch.epilogue = Epilogue::kGated;
+  if (a.activation == Activation::kSwiglu) launch.epilogue = Epilogue::kSwiglu;
   const std::string complaint = count_multiprocessors(&launch.multiprocessors);
   if (!complaint.empty()) return complaint;
   const MlpWorkspace w(workspace, a.format, s);
@@ -237,7 +197,7 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
     return error == cudaSuccess ? "" : failed(tactic->name, error);
   }
 
-  cuda::SortArgs sort{};
+  SortArgs sort{};
   sort.expert_ids = a.expert_ids;
   sort.expert_offset = a.expert_offset;
   sort.pairs = up.positions;
@@ -248,10 +208,10 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
   sort.pair_of = w.pair_of;
   sort.position_of = w.position_of;
   sort.counts = w.counts;
-  cudaError_t error = cuda::sort_pairs(sort, stream);
+  cudaError_t error = sort_pairs(sort, stream);
   if (error != cudaSuccess) return failed("sort_pairs", error);
 
-  cuda::QuantizeArgs quantize{};
+  QuantizeArgs quantize{};
   quantize.fp16 = a.dtype == Dtype::kFp16;
   if (is_fp8(a.format)) {
     quantize.x = a.x;
@@ -261,11 +221,11 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
     quantize.copies = sort.top_k;
     quantize.out = w.y;
     quantize.scale = w.x_scale;
-    error = cuda::quantize_rows(quantize, stream);
+    error = family.quantize_rows(quantize, stream);
     if (error != cudaSuccess) return failed("quantize_rows of x", error);
   } else if (tactic->reads_sorted) {
-    error = cuda::gather_rows(a.x, w.position_of, static_cast<int>(s.tokens), sort.top_k,
-                              s.hidden * 2, w.y, stream);
+    error = gather_rows(a.x, w.position_of, static_cast<int>(s.tokens), sort.top_k, s.hidden * 2,
+                        w.y, stream);
     if (error != cudaSuccess) return failed("gather_rows", error);
   }
   error = tactic->run(up, launch);
@@ -279,14 +239,14 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
     quantize.position_of = nullptr;
     quantize.out = w.h8;
     quantize.scale = w.h_scale;
-    error = cuda::quantize_rows(quantize, stream);
+    error = family.quantize_rows(quantize, stream);
     if (error != cudaSuccess) return failed("quantize_rows of h", error);
   }
   launch.epilogue = Epilogue::kStore;
   error = tactic->run(down, launch);
   if (error != cudaSuccess) return failed("second product", error);
 
-  cuda::CombineArgs combine{};
+  CombineArgs combine{};
   combine.y = w.y;
   combine.weights = a.weight_on_input ? nullptr : a.weights;
   combine.expert_ids = a.expert_ids;
@@ -301,14 +261,15 @@ std::string moe_mlp(const MlpArgs& a, const std::string& name, void* workspace,
   return error == cudaSuccess ? "" : failed("combine", error);
 }
 
-std::string grouped_matmul(const GroupedArgs& a, const std::string& name, void* workspace,
-                           cudaStream_t stream) {
+std::string grouped_matmul(const Family& family, const GroupedArgs& a, const std::string& name,
+                           void* workspace, cudaStream_t stream) {
   const GroupedShape& s = a.shape;
   if (s.rows == 0) return "";
-  const Tactic* tactic =
-      name.empty() ? default_product_tactic(a.format, s.rows, s.experts) : find(a.format, name);
+  const Tactic* tactic = name.empty() ? family.product_tactic(a.format, s.rows, s.experts)
+                                      : find(family, a.format, name);
   if (!tactic || !tactic->run) {
-    return "tactic of one product must be one of " + names(a.format, true) + ", got '" + name + "'";
+    return "tactic of one product must be one of " + names(family, a.format, true) + ", got '" +
+           name + "'";
   }
   Launch launch{a.format, a.dtype, Epilogue::kStore, 0, stream};
   const std::string complaint = count_multiprocessors(&launch.multiprocessors);
@@ -316,27 +277,27 @@ std::string grouped_matmul(const GroupedArgs& a, const std::string& name, void* 
 
   const GroupedWorkspace w(workspace, a.format, s);
 
-  cuda::GroupArgs group{};
+  GroupArgs group{};
   group.group_sizes = a.group_sizes;
   group.group_offset = a.group_offset;
   group.groups = static_cast<int>(s.groups);
   group.experts = static_cast<int>(s.experts);
   group.rows = static_cast<int>(s.rows);
   group.offsets = w.offsets;
-  cudaError_t error = cuda::group_offsets(group, stream);
+  cudaError_t error = group_offsets(group, stream);
   if (error != cudaSuccess) return failed("group_offsets", error);
-  error = cuda::clear_other_rows(group.offsets, group.experts, a.out, group.rows, s.n * 2, stream);
+  error = clear_other_rows(group.offsets, group.experts, a.out, group.rows, s.n * 2, stream);
   if (error != cudaSuccess) return failed("clear_other_rows", error);
 
   if (is_fp8(a.format)) {
-    cuda::QuantizeArgs quantize{};
+    QuantizeArgs quantize{};
     quantize.x = a.x;
     quantize.fp16 = a.dtype == Dtype::kFp16;
     quantize.rows = group.rows;
     quantize.k = static_cast<int>(s.k);
     quantize.out = w.x8;
     quantize.scale = w.x_scale;
-    error = cuda::quantize_rows(quantize, stream);
+    error = family.quantize_rows(quantize, stream);
     if (error != cudaSuccess) return failed("quantize_rows", error);
   }
   GemmArgs product{};
@@ -356,4 +317,4 @@ std::string grouped_matmul(const GroupedArgs& a, const std::string& name, void* 
   return error == cudaSuccess ? "" : failed("grouped product", error);
 }
 
-}  // namespace jaxmoe::sm90
+}  // namespace jaxmoe::cuda

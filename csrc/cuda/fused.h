@@ -1,12 +1,12 @@
 // What the kernel of a whole MLP takes, for host and device.
-#ifndef JAXMOE_CSRC_SM90_FUSED_H_
-#define JAXMOE_CSRC_SM90_FUSED_H_
+#ifndef JAXMOE_CSRC_CUDA_FUSED_H_
+#define JAXMOE_CSRC_CUDA_FUSED_H_
 
 #include <cstdint>
 
-#include "sm90/gemm.h"
+#include "cuda/gemm.h"
 
-namespace jaxmoe::sm90 {
+namespace jaxmoe::cuda {
 
 struct FusedArgs {
   GemmArgs up, down;             // up.out is down.x, scratch: [pairs, I], I padded to whole blocks
@@ -18,6 +18,6 @@ struct FusedArgs {
   bool weight_on_input;
 };
 
-}  // namespace jaxmoe::sm90
+}  // namespace jaxmoe::cuda
 
-#endif  // JAXMOE_CSRC_SM90_FUSED_H_
+#endif  // JAXMOE_CSRC_CUDA_FUSED_H_

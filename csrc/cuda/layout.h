@@ -11,12 +11,12 @@
 // Warp w of a plain matrix's strip s holds rows 64 s + 16 w + (0 ... 15). For a gated `gate_up` its
 // rows 0 ... 7 are gate rows 32 s + 8 w + (0 ... 7) and its rows 8 ... 15 the up rows of the same
 // numbers, so that one lane holds both factors of a value. N and K are padded with zeros.
-#ifndef JAXMOE_CSRC_SM90_LAYOUT_H_
-#define JAXMOE_CSRC_SM90_LAYOUT_H_
+#ifndef JAXMOE_CSRC_CUDA_LAYOUT_H_
+#define JAXMOE_CSRC_CUDA_LAYOUT_H_
 
 #include <cstdint>
 
-namespace jaxmoe::sm90 {
+namespace jaxmoe::cuda {
 
 // kMxfp4Fp8 is MXFP4 arranged for products with e4m3 activations, the `sm90_fragment_fp8` layout:
 // strips as above, blocks of 128 elements of K:
@@ -56,6 +56,6 @@ constexpr int64_t matrix_bytes(Format format, int64_t outputs, int64_t k, bool g
   return num_strips(outputs, gated) * strip_bytes(format, k);
 }
 
-}  // namespace jaxmoe::sm90
+}  // namespace jaxmoe::cuda
 
-#endif  // JAXMOE_CSRC_SM90_LAYOUT_H_
+#endif  // JAXMOE_CSRC_CUDA_LAYOUT_H_
