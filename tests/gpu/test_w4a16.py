@@ -25,6 +25,8 @@ from families import (
     run_tactic,
     tactics,
 )
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from problems import ACTIVATIONS, EDGES, GROUPED_EDGES, GroupedSpec, Spec
 from suite import (
     FORMATS,
@@ -415,25 +417,25 @@ def test_independent_calls_in_one_program(variant):
             assert_same_bits(np.asarray(ours), expected)
 
 
-def test_many_experts_beside_few_from_two_threads():
+@every_tactic
+def test_many_experts_beside_few_from_two_threads(variant, tactic):
     """They share kernels and the limits set on them, not tables: 1024 experts' need more memory."""
-    spec = replace(BIG, dtype="bfloat16", hidden_size=96, intermediate_size=64)
+    spec = replace(BIG, dtype="bfloat16", hidden_size=96, intermediate_size=64, top_k=2)
     batch = [
-        problems.random_problem(replace(spec, num_experts=count, num_total=count))
-        for count in (1024, 8)
+        problems.random_problem(fit(replace(spec, num_experts=n, num_total=n), tactic))
+        for n in (1024, 8)
     ]
-    for tactic in TACTICS:
-        fitting = [problems.random_problem(fit(replace(p.spec, top_k=2), tactic)) for p in batch]
-        want = [run_tactic(problem, tactic) for problem in fitting]
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            for _ in range(10):
-                got = pool.map(functools.partial(run_tactic, tactic=tactic), fitting)
-                for ours, expected in zip(got, want, strict=True):
-                    assert_same_bits(ours, expected)
+    want = [run_tactic(variant, problem, tactic) for problem in batch]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(10):
+            got = pool.map(lambda problem: run_tactic(variant, problem, tactic), batch)
+            for ours, expected in zip(got, want, strict=True):
+                assert_same_bits(ours, expected)
 
 
+@every_variant
 @pytest.mark.parametrize("tokens", [1, 33, 2000])
-def test_the_first_call_of_a_process_may_be_recorded(tokens):
+def test_the_first_call_of_a_process_may_be_recorded(tokens, variant):
     """Nothing that a kernel needs at its first launch is forbidden while a graph is recorded."""
     script = f"""
 import jax, numpy as np, problems, dataclasses, jaxmoe
@@ -441,10 +443,10 @@ from suite import prepared
 spec = problems.Spec(tokens={tokens}, num_experts=16, top_k=4, hidden_size=256,
                      intermediate_size=96, dtype="bfloat16", weight_format="mxfp4")
 x, experts, ids, weights = problems.random_problem(spec).call_args()
-experts = prepared(experts, "{VARIANT}", True)
+experts = prepared(experts, "{variant}", True)
 def model(x, ids, w):
     for _ in range(6):
-        x = jax.numpy.tanh(x + jaxmoe.moe_mlp(x, experts, ids, w, implementation="{VARIANT}"))
+        x = jax.numpy.tanh(x + jaxmoe.moe_mlp(x, experts, ids, w, implementation="{variant}"))
     return x
 lowered = jax.jit(model).lower(x, ids, weights)
 compiled = [lowered.compile(compiler_options=o) for o in (
@@ -463,20 +465,26 @@ assert (recorded == plain).all()
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.skipif(
-    not WHY_NOT and len(jax.local_devices(backend="cuda")) < 2, reason="needs two GPUs"
-)
-def test_two_devices_at_once():
+def two_devices():
+    """The first two GPUs; skips where there is one."""
     devices = jax.local_devices(backend="cuda")[:2]
+    if len(devices) < 2:
+        pytest.skip("needs two GPUs")
+    return devices
+
+
+@every_variant
+def test_two_devices_at_once(variant):
+    devices = two_devices()
     batch = [
         problems.random_problem(replace(BIG, dtype="bfloat16", tokens=tokens, seed=tokens))
         for tokens in (1, 20, 150, 700)
     ]
-    want = [run(problem, VARIANT) for problem in batch]
+    want = [run(problem, variant) for problem in batch]
 
     def on(device, problem):
         with jax.default_device(device):
-            return run(problem, VARIANT)
+            return run(problem, variant)
 
     pairs = list(itertools.product(devices, range(len(batch))))
     with concurrent.futures.ThreadPoolExecutor(len(pairs)) as pool:
@@ -486,23 +494,18 @@ def test_two_devices_at_once():
                 assert_same_bits(ours, want[index])
 
 
-@pytest.mark.skipif(
-    not WHY_NOT and len(jax.local_devices(backend="cuda")) < 2, reason="needs two GPUs"
-)
-def test_experts_spread_over_two_devices():
+@every_variant
+def test_experts_spread_over_two_devices(variant):
     """Each device has half of the experts; the sum over the devices is the whole layer."""
-    from jax.sharding import Mesh, NamedSharding
-    from jax.sharding import PartitionSpec as P
-
     problem = problems.random_problem(replace(BIG, dtype="bfloat16"))
     x, experts, ids, weights = problem.call_args()
-    packed = prepared(experts, VARIANT, True)
-    mesh = Mesh(np.asarray(jax.local_devices(backend="cuda")[:2]), ("experts",))
+    packed = prepared(experts, variant, True)
+    mesh = Mesh(np.asarray(two_devices()), ("experts",))
     packed = jax.device_put(packed, NamedSharding(mesh, P("experts")))
 
     def shard(x, packed, ids, weights):
         first = jax.lax.axis_index("experts") * (BIG.num_experts // 2)
-        y = jaxmoe.moe_mlp(x, packed, ids, weights, expert_offset=first, implementation=VARIANT)
+        y = jaxmoe.moe_mlp(x, packed, ids, weights, expert_offset=first, implementation=variant)
         return jax.lax.psum(y.astype(jnp.float32), "experts")
 
     whole = jax.jit(
