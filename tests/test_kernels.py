@@ -14,9 +14,10 @@ import pytest
 
 import jaxmoe
 from jaxmoe import capability, kernels
-from jaxmoe.kernels import cpu, fragment, fragment_fp8, layouts, native, panel, sm90, xla
+from jaxmoe.kernels import GPU_FAMILIES, cpu, fragment, fragment_fp8, layouts, native, panel, xla
 
 KEY = jax.random.key(0)
+sm90 = GPU_FAMILIES["sm90"]
 
 
 def experts(fmt="nvfp4", e=4, h=96, i=32, gated=True):
@@ -390,11 +391,11 @@ def test_hopper_self_test_judges_numbers_inside_any_trace(monkeypatch, factor):
         return (factor * xla.moe_mlp(config, x, *rest)).astype(x.dtype)
 
     monkeypatch.setattr(sm90, "moe_mlp", stand_in)
-    monkeypatch.setattr(sm90, "_device", lambda: jax.local_devices(backend="cpu")[0])
+    monkeypatch.setattr(sm90, "device", lambda: jax.local_devices(backend="cpu")[0])
     found = []
 
     def traced(x):
-        found.append(sm90.self_test.__wrapped__("sm90_w4a16"))
+        found.append(sm90.self_test.__wrapped__(sm90, "sm90_w4a16"))
         return x
 
     mesh = jax.make_mesh((1,), ("i",))
@@ -407,7 +408,7 @@ def test_hopper_self_test_judges_numbers_inside_any_trace(monkeypatch, factor):
         if factor == 1.0:
             assert reason == ""
         else:
-            assert re.match(r"a relative error of 1\.\de-01 with nvfp4 weights", reason)
+            assert re.match(r"a relative error of 1\.\de-01 with mxfp4 weights", reason)
 
 
 def with_oracle(config, variant, x, experts, ids, weights, params, offset):
@@ -432,8 +433,8 @@ def test_hopper_self_test_of_w4a8_knows_what_is_rounded(monkeypatch, rounds):
         return xla.moe_mlp(config, *rest)
 
     monkeypatch.setattr(sm90, "moe_mlp", with_oracle if rounds else unrounded)
-    monkeypatch.setattr(sm90, "_device", lambda: jax.local_devices(backend="cpu")[0])
-    found = sm90.self_test.__wrapped__("sm90_w4a8")
+    monkeypatch.setattr(sm90, "device", lambda: jax.local_devices(backend="cpu")[0])
+    found = sm90.self_test.__wrapped__(sm90, "sm90_w4a8")
     if rounds:
         assert found == ""
     else:
@@ -441,5 +442,5 @@ def test_hopper_self_test_of_w4a8_knows_what_is_rounded(monkeypatch, rounds):
 
 
 def test_hopper_self_test_without_a_hopper_gpu_has_nothing_to_say():
-    if sm90._device() is None:
-        assert {sm90.self_test(variant) for variant in sm90._TESTED} == {""}
+    if sm90.device() is None:
+        assert {sm90.self_test(variant) for variant in sm90.rows} == {""}

@@ -108,6 +108,8 @@ def _print(console: Console, r: Resolution) -> None:
         )
         selected = f"{r.selected} as {r.compute}, by {how} (evidence: {r.evidence})"
     say(console, f"{r.target}: {selected}", "bold green" if r.selected else "bold red")
+    if r.input_scales:
+        say(console, f"static input scales: {r.input_scales}")
     if r.tactic_by:
         say(console, f"tactic {r.tactic or 'default'}: {r.tactic_by}")
     if r.degraded_from:

@@ -1,4 +1,4 @@
-"""What the tests of the Hopper variants share: the obstacle, and calls by a named tactic."""
+"""What the tests of the GPU variants share: the obstacle, and calls by a named tactic."""
 
 import functools
 
@@ -9,30 +9,39 @@ import pytest
 from suite import COMPUTE, activation_arrays, prepared, run, run_grouped
 
 import jaxmoe
-from jaxmoe.kernels import sm90
+from jaxmoe.capability import TABLE
+from jaxmoe.kernels import GPU_FAMILIES
 from jaxmoe.kernels.xla import MlpConfig
 
+ROWS = {row.variant: row for row in TABLE}
 DTYPES = ("bfloat16", "float16")
 
 # Around the edges of every tile of tokens, and beyond several.
 EDGE_TOKENS = (0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 257)
 
 
+def family_of(variant):
+    """The library that holds a variant."""
+    return GPU_FAMILIES[ROWS[variant].family]
+
+
 def obstacle(variant):
     """Why a variant cannot run here, or ""."""
-    module, why = sm90.library()
+    family, row = family_of(variant), ROWS[variant]
+    module, why = family.library()
     if module is None:
         return why
     if variant not in module.manifest()["variants"]:
-        return f"the library jaxmoe._sm90 that was built has no {variant}"
-    return "" if sm90._device() is not None else "needs an NVIDIA GPU of SM 90 (H100, H200, GH200)"
+        return f"the library jaxmoe._{row.family} that was built has no {variant}"
+    sms = " or ".join(map(str, sorted(row.sms)))
+    return "" if family.device() is not None else f"needs an NVIDIA GPU of SM {sms}"
 
 
 @functools.cache
 def by_tactic(variant: str, activation: str, weight_on_input: bool, tactic: str):
     """jit of the kernel's own call with a named tactic."""
     config = MlpConfig(jaxmoe.activations.ACTIVATIONS[activation], weight_on_input)
-    return jax.jit(functools.partial(sm90.moe_mlp, config, variant, tactic=tactic))
+    return jax.jit(functools.partial(family_of(variant).moe_mlp, config, variant, tactic=tactic))
 
 
 def run_tactic(variant, problem, tactic):
@@ -58,7 +67,7 @@ def run_tactic(variant, problem, tactic):
 @functools.cache
 def grouped_by_tactic(variant: str, tactic: str, out_dtype: str):
     def call(*operands):
-        return sm90.grouped_matmul(variant, *operands, out_dtype, tactic=tactic)
+        return family_of(variant).grouped_matmul(variant, *operands, out_dtype, tactic=tactic)
 
     return jax.jit(call)
 
@@ -74,6 +83,7 @@ def run_grouped_tactic(variant, problem, tactic):
         jaxmoe.prepare(w, variant, compute=COMPUTE.get(variant, "auto")),
         sizes,
         kwargs["bias"],
+        kwargs["input_scale"],
         jnp.int32(kwargs["group_offset"] or 0),
     )
     return np.asarray(y)
@@ -98,9 +108,10 @@ def raw_call(variant, weight_format, problem):
 
 
 def assert_refused(values, attrs, message, workspace=1 << 22):
-    sm90._native()
+    family = family_of(attrs["variant"] if attrs["variant"] in ROWS else "sm90_w4a16")
+    family._native()
     out = jax.ShapeDtypeStruct(values["x"].shape, values["x"].dtype)
     results = (out, jax.ShapeDtypeStruct((workspace,), jnp.uint8))
-    call = jax.ffi.ffi_call(sm90.MOE_MLP, results)
-    with pytest.raises(Exception, match=r"moe_mlp \(sm90\): " + message):
+    call = jax.ffi.ffi_call(family.moe_mlp_target, results)
+    with pytest.raises(Exception, match=rf"moe_mlp \({family.name}\): " + message):
         jax.block_until_ready(call(*map(jnp.asarray, values.values()), **attrs))

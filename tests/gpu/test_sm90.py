@@ -27,8 +27,9 @@ from suite import (
 )
 
 import jaxmoe
-from jaxmoe.kernels import sm90
+from jaxmoe.kernels import GPU_FAMILIES
 
+sm90 = GPU_FAMILIES["sm90"]
 VARIANT = "sm90_w4a16"
 WHY_NOT = obstacle(VARIANT)
 TACTICS = ("", *(() if WHY_NOT else sm90.tactics(VARIANT)))
