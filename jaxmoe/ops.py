@@ -68,11 +68,17 @@ def moe_mlp(
 
     With `compute="w4a16"` the weights are exact (but for one case: with float16 x on Hopper, MXFP4
     blocks whose scale is below 2^-29 of the matrix's largest count as zeros), sums are float32, and
-    the result is rounded once to x's dtype. With `compute="w4a8"` (MXFP4 weights on Hopper) the
-    tensor cores multiply e4m3: a row of x or h is rounded to e4m3 times the least power of two that
-    keeps it within 448, and a block of weights whose scale is more than 2^11 below the largest of
-    its row is rounded as `jaxmoe.kernels.fragment_fp8` says; gradients are those of w4a16 on these
-    weights, as if x and h had not been rounded. `docs/accuracy.md` has the errors.
+    the result is rounded once to x's dtype. Other arithmetic rounds x and h too:
+
+    - `"w4a4"`: NVFP4 weights and activations, on SM 100, 103, 120 and 121.
+    - `"w4a8"`, MXFP4 weights: MXFP8 activations on those SMs. On Hopper a row of x or h is rounded
+      to e4m3 times the least power of two that keeps it within 448, and a block of weights whose
+      scale is more than 2^11 below the largest of its row as `jaxmoe.kernels.fragment_fp8` says.
+
+    `jaxmoe.kernels.operands` states the rules of NVFP4 and MXFP8, and the implementations
+    `"xla_w4a4"` and `"xla_w4a8"` follow them on any device. Gradients are those of w4a16 on the
+    weights that are multiplied, as if x and h had not been rounded. `docs/accuracy.md` has the
+    errors.
 
     Args:
       x: tokens, `[T, H]`, float32, bfloat16 or float16.
@@ -80,9 +86,10 @@ def moe_mlp(
       expert_ids: `i32[T, k]`, global ids.
       weights: routing weights, floating-point `[T, k]`.
       activation: what stands between the two products.
-      compute: `"w4a16"`, `"w4a8"`, `"w4a4"`, or `"auto"`, which takes what the weights call for
-        where this target has it, else the nearest more accurate arithmetic. Weights declare nothing
-        today, so that auto is w4a16: `"w4a8"` has to be asked for, here and in `prepare`.
+      compute: `"w4a16"`, `"w4a8"`, `"w4a4"`, or `"auto"`, which takes what the weights declare
+        (`ExpertWeights.declared_compute`) where this target has it, else the nearest more accurate
+        arithmetic. Weights that declare nothing run as w4a16: anything else has to be asked for,
+        here and in `prepare`.
       expert_offset: id of the first local expert; an int or an `i32[]` array.
       weight_on_input: multiply x by the routing weight before the first product, and leave the
         result unweighted (Llama 4); for k = 1.

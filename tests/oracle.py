@@ -174,14 +174,15 @@ def global_scales(w: Bits) -> np.ndarray:
 def nvfp4_rows(x: np.ndarray, input_scale: float | None) -> tuple[np.ndarray, np.ndarray]:
     """Rows as NVFP4: e2m1 * e4m3 as float64[..., K], and the global scale float64[..., 1] of each.
 
-    The global scale is amax / (448 * 6) (1 for a row of zeros), or `input_scale`. All that decides
+    The global scale is amax / (448 * 6) (1 where that is 0), or `input_scale`. All that decides
     a rounding is float32, in this order: g = amax / 2688; s = e4m3(amax of 16 / (6 g)), saturating;
     e2m1(x / (s g)), saturating; ties to even. A block whose scale is 0 is 0.
     """
     one, zero = np.float32(1), np.float32(0)
     x = np.asarray(x).astype(np.float32)
     amax = np.abs(x).max(-1, keepdims=True, initial=0)
-    g = np.where(amax > 0, amax / np.float32(2688), one)
+    g = amax / np.float32(2688)
+    g = np.where(g > 0, g, one)
     if input_scale is not None:
         g = np.full_like(g, np.float32(input_scale))
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // 16, 16)

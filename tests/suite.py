@@ -37,6 +37,15 @@ COMPUTE = {
     variant: "w4a4" if "w4a4" in variant else "w4a8" for variant in ("sm90_w4a8", *BLOCK_SCALED)
 }
 
+
+def aligned(spec: Any) -> Any:
+    """A spec of MXFP4 weights with sizes that the kernels of W4A8 on Blackwell take."""
+    names = {"hidden_size", "intermediate_size", "in_size"} & vars(spec).keys()
+    if spec.weight_format != "mxfp4":
+        return spec
+    return dataclasses.replace(spec, **{n: -(-getattr(spec, n) // 64) * 64 for n in names})
+
+
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 DTYPES, FORMATS = ("float32", "bfloat16"), ("nvfp4", "mxfp4")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

@@ -307,7 +307,7 @@ LOWERINGS = [
 def test_calls_lower_to_one_versioned_custom_call(
     blackwell_libraries, target, family, compute, input_scales
 ):
-    problem = problem_of(f"xla_{compute}", input_scales=input_scales)
+    problem = problem_of(f"xla_{compute}", hidden_size=128, input_scales=input_scales)
     x, experts, ids, weights = problem.call_args()
     experts = replace(experts, declared_compute=compute)
     with jaxmoe.override(target=target):
@@ -329,7 +329,7 @@ def test_calls_lower_to_one_versioned_custom_call(
     operands = re.search(r": \((.*?)\) -> ", call).group(1).split(", ")
     scale = f"tensor<{int(input_scales)}xf32>"
     assert operands[:1] + operands[5:11] == [
-        "tensor<17x96xbf16>", "tensor<0xf32>", "tensor<0xf32>", "tensor<3x8xf32>", scale, scale,
+        "tensor<17x128xbf16>", "tensor<0xf32>", "tensor<0xf32>", "tensor<3x8xf32>", scale, scale,
         "tensor<17x2xi32>",
     ]  # fmt: skip
 
@@ -338,7 +338,8 @@ def test_calls_lower_to_one_versioned_custom_call(
 def test_grouped_calls_lower_to_one_versioned_custom_call(
     blackwell_libraries, target, family, compute
 ):
-    spec = GroupedSpec(weight_format=BLOCK_SCALED[f"xla_{compute}"][1], dtype="bfloat16", bias=True)
+    weight_format = BLOCK_SCALED[f"xla_{compute}"][1]
+    spec = GroupedSpec(weight_format=weight_format, dtype="bfloat16", bias=True, in_size=128)
     x, w, sizes = problems.random_grouped(spec).call_args()
     for scale, shape in ((None, 0), (jnp.float32(0.01), 1)):
         text = lowered(
@@ -360,7 +361,7 @@ def test_grouped_calls_lower_to_one_versioned_custom_call(
 @pytest.mark.usefixtures("blackwell_libraries")
 @pytest.mark.parametrize(("family", "compute"), [("sm120", "w4a4"), ("sm100", "w4a8")])
 def test_emulated_calls_lower_to_targets_of_their_own(family, compute):
-    x, experts, ids, weights = problem_of(f"xla_{compute}").call_args()
+    x, experts, ids, weights = problem_of(f"xla_{compute}", hidden_size=128).call_args()
     how = {"implementation": f"{family}_{compute}_emulated", "compute": compute}
     text = lowered("h100", lambda x, e: jaxmoe.moe_mlp(x, e, ids, weights, **how), x, experts)
     target = f"jaxmoe_moe_mlp_{family}_emulated_v1"

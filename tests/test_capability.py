@@ -287,6 +287,8 @@ REFUSALS = [
      "DTYPE_UNSUPPORTED", ["requires x of dtype bfloat16", "got float16"]),
     ("sm120_w4a4", {"compute": "w4a4", "intermediate_size": 80}, "sm_121", "SHAPE_UNALIGNED",
      ["intermediate_size to be a multiple of 32", "got 80", "pad to 96"]),
+    ("sm100_w4a8", {"weight_format": "mxfp4", "compute": "w4a8", "hidden_size": 2080}, "b200",
+     "SHAPE_UNALIGNED", ["hidden_size to be a multiple of 64", "got 2080", "pad to 2112"]),
     ("sm80_w4a16", {}, "rtx 4090", "NOT_BUILT",
      ["this build holds no sm80 library", "not written yet", "xla"]),
     ("sm90_w4a16", {}, "h100", "NOT_BUILT",

@@ -230,15 +230,18 @@ def _block_scaled(family: str, sms: tuple[int, ...], smem_bytes: tuple[int, int]
             activation_dtypes=frozenset({"bfloat16"}),
             any_result=False,
             # CUTLASS grouped GEMM with device-side shapes checks nothing itself: TMA rows of FP4
-            # need K % 32, 16-byte rows of the bf16 output need N % 8.
-            alignment=(32, 8),
+            # are multiples of 16 bytes, of 32 where FP4 is spread over bytes beside FP8; 16-byte
+            # rows of the bf16 output need N % 8.
+            alignment=(k, 8),
             max_experts=1024,
             smem_bytes=smem,
             layout=_LAYOUT,
             input_scales=True,
             evidence="compiled",
         )
-        for (compute, arithmetic, formats), smem in zip(_QUANTISED, smem_bytes, strict=True)
+        for (compute, arithmetic, formats), smem, k in zip(
+            _QUANTISED, smem_bytes, (32, 64), strict=True
+        )
     ]
 
 

@@ -81,7 +81,7 @@ def _product(
     if quantise is None:
         return _sums(a.astype(w.dtype), w) * factor[:, None, None]
     values, of_row = quantise(a)
-    return operands.round_sums(_sums(values, w)) * factor[:, None, None] * of_row
+    return operands.round_sums(_sums(values, w)) * (factor[:, None, None] * of_row)
 
 
 def _compute_dtype(x: jax.Array, quantised: str | None = None) -> Any:

@@ -21,6 +21,7 @@ from suite import (
     BLOCK_SCALED,
     COMPUTE,
     EMULATED,
+    aligned,
     assert_matches,
     assert_same_bits,
     prepared,
@@ -59,7 +60,7 @@ EDGE_TOKENS = (*hopper.EDGE_TOKENS, 255, 256, 384, 511, 512, 513, 1023, 1024)
 
 def problem_of(variant, spec=None, **changes):
     changes = {"weight_format": BLOCK_SCALED[variant][1], "dtype": "bfloat16", **changes}
-    return problems.random_problem(replace(spec or Spec(), **changes))
+    return problems.random_problem(aligned(replace(spec or Spec(), **changes)))
 
 
 def run_tactic(variant, problem, tactic):
@@ -77,8 +78,8 @@ def assert_right(got, problem, variant):
 def test_it_passes_its_self_test_and_is_what_runs(variant, tactic):
     assert family_of(variant).self_test(variant) == ""
     problem = jaxmoe.Problem(
-        weight_format=BLOCK_SCALED[variant][1], hidden_size=96, intermediate_size=64, num_experts=4,
-        top_k=2, compute=COMPUTE[variant],
+        weight_format=BLOCK_SCALED[variant][1], compute=COMPUTE[variant], hidden_size=128,
+        intermediate_size=64, num_experts=4, top_k=2,
     )  # fmt: skip
     assert jaxmoe.explain(problem, variant).selected == variant
     if variant in EMULATED:
@@ -248,7 +249,7 @@ def test_grouped_edges(variant, tactic, edge):
         spec = replace(
             GROUPED_EDGES[edge], weight_format=weight_format, dtype="bfloat16", input_scale=scale
         )
-        problem = problems.random_grouped(spec)
+        problem = problems.random_grouped(aligned(spec))
         got = hopper.run_grouped_tactic(variant, problem, tactic)
         assert_matches(got, problem.expected(arithmetic)[:, None], TOLERANCE, ROW_TOLERANCE)
         local = problem.expected().any(1)
@@ -264,7 +265,7 @@ def test_grouped_rows(variant, tactic, rows):
             rows=rows, grouping=grouping, bias=bias, dtype="bfloat16", num_experts=5, num_groups=9,
             group_offset=2, out_size=72, in_size=288, seed=rows, weight_format=weight_format,
         )  # fmt: skip
-        problem = problems.random_grouped(spec)
+        problem = problems.random_grouped(aligned(spec))
         got = hopper.run_grouped_tactic(variant, problem, tactic)
         assert_matches(got, problem.expected(arithmetic)[:, None], TOLERANCE, ROW_TOLERANCE)
 
