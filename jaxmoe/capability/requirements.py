@@ -57,7 +57,11 @@ def _sm_unknown(row: Row, problem: Problem, target: Target, table: Sequence[Row]
 def _sm(row: Row, problem: Problem, target: Target, table: Sequence[Row]) -> str | None:
     if row.sms is None or target.sm in row.sms:
         return None
-    here = [r.variant for r in table if r.sms and target.sm in r.sms and r.never is None]
+    here = [
+        r.variant
+        for r in table
+        if r.sms and target.sm in r.sms and r.never is None and not r.only_by_name
+    ]
     return (
         f"requires {_sm_list(row.sms)}; this target is {target}, whose native variants are "
         f"{', '.join(here) or 'none (xla runs everywhere)'}"

@@ -134,7 +134,11 @@ def _summary(resolutions: Sequence[Resolution]) -> Any:
 
 def _why_not_native(r: Resolution) -> str:
     """The reasons of the kernels made for this SM or platform; where there are none, why."""
-    native = {row.variant for row in TABLE if row.platform is not None and row.never is None}
+    native = {
+        row.variant
+        for row in TABLE
+        if row.platform is not None and row.never is None and not row.only_by_name
+    }
     if r.selected in native:
         return ""
     rejected = [rejection for rejection in r.rejected if rejection.variant in native]
