@@ -185,6 +185,27 @@ def divide_exactly(bits: jax.Array, odd: int, log2: int) -> jax.Array:
     return jnp.where(bits == 0, 0.0, times_power_of_two(rounded, exponent))
 
 
+def divide(x: jax.Array, d: jax.Array) -> jax.Array:
+    """x / d in f32, correctly rounded, for magnitudes x (normal or 0) and normal d > 0.
+
+    A backend's quotient, which may be off by a few ulp, proposes 26 bits; what is then left of the
+    long division corrects them, and becomes a sticky bit. The products wrap around, their
+    difference does not. Quotients beyond f32's normal numbers are infinite or 0.
+    """
+    x_bits, d_bits = jnp.broadcast_arrays(float_bits(x), float_bits(d))
+    a = (x_bits & 0x7FFFFF) | 0x800000
+    b = (d_bits & 0x7FFFFF) | 0x800000
+    shift = jnp.where(a < b, 26, 25)  # the quotient then has 26 bits
+    proposed = times_power_of_two(a.astype(jnp.float32) / b.astype(jnp.float32), shift)
+    quotient = proposed.astype(jnp.int32)
+    left = (a << shift) - quotient * b
+    more = left // b
+    quotient, left = quotient + more, left - more * b
+    rounded = (quotient | (left != 0).astype(jnp.int32)).astype(jnp.float32)
+    exponent = jnp.clip((x_bits >> 23) - (d_bits >> 23) - shift, -252, 254)
+    return jnp.where(x_bits == 0, 0.0, times_power_of_two(rounded, exponent))
+
+
 def unpack_nibbles(packed: jax.Array) -> jax.Array:
     """int32 codes `[..., K]` of bytes `[..., K/2]`; even k is the low nibble."""
     codes = jnp.repeat(packed, 2, axis=-1).astype(jnp.int32)

@@ -12,6 +12,7 @@ from jaxmoe.formats import BF16, Format
 from jaxmoe.quantization import QuantizedTensor, check, unify_global_scale
 
 CANONICAL = "canonical"
+_SMALLEST_INPUT_SCALE = 2.0**-100  # times the smallest e4m3, 2^-9, it is far from f32's smallest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +71,23 @@ class ExpertWeights:
       down: `[E, H, I]`, of the same kind and format.
       gate_up_bias: `f32[E, 2I]` (`[E, I]` without gate) or None.
       down_bias: `f32[E, H]` or None.
+      gate_up_input_scale: `f32[]` or None: the static global scale of x where a kernel quantises
+        it, amax / (448 * 6) as ModelOpt's `input_scale`; the largest of all experts', since x is
+        quantised once for all. None takes that of each token (NVFP4), or none (MXFP8). Kernels
+        that read x as it is ignore it, and `explain` says so.
+      down_input_scale: the same of what the second product reads.
+      declared_compute: the arithmetic that the weights were made for (`"w4a4"`), which
+        `compute="auto"` takes where the target has it; None for the most accurate. Input scales
+        alone declare nothing.
     """
 
     gate_up: Matrix
     down: Matrix
     gate_up_bias: jax.Array | None = None
     down_bias: jax.Array | None = None
+    gate_up_input_scale: jax.Array | None = None
+    down_input_scale: jax.Array | None = None
+    declared_compute: str | None = None
 
     @property
     def num_experts(self) -> int:
@@ -96,6 +108,11 @@ class ExpertWeights:
     def format(self) -> Format:
         """Format of the weights; `BF16` stands for any unquantised array."""
         return format_of(self.down)
+
+    @property
+    def has_input_scales(self) -> bool:
+        """Whether there is a static scale for either product."""
+        return self.gate_up_input_scale is not None or self.down_input_scale is not None
 
     @property
     def layout(self) -> str:
@@ -155,8 +172,11 @@ jax.tree_util.register_dataclass(
 )
 jax.tree_util.register_dataclass(
     ExpertWeights,
-    data_fields=["gate_up", "down", "gate_up_bias", "down_bias"],
-    meta_fields=[],
+    data_fields=[
+        *("gate_up", "down", "gate_up_bias", "down_bias"),
+        *("gate_up_input_scale", "down_input_scale"),
+    ],
+    meta_fields=["declared_compute"],
 )
 
 
@@ -193,6 +213,8 @@ def check_experts(experts: ExpertWeights, gated: bool) -> None:
         )
     check_bias(experts.gate_up_bias, (e, rows), "experts.gate_up_bias")
     check_bias(experts.down_bias, (e, h), "experts.down_bias")
+    check_input_scale(experts.gate_up_input_scale, "experts.gate_up_input_scale")
+    check_input_scale(experts.down_input_scale, "experts.down_input_scale")
 
 
 def check_matrix(w: Matrix, name: str) -> None:
@@ -218,6 +240,27 @@ def check_bias(bias: jax.Array | None, shape: tuple[int, int], name: str) -> Non
         raise ValueError(
             f"{name} must be a floating-point array of shape {shape}, got "
             f"{bias.dtype}{list(bias.shape)}"
+        )
+
+
+def check_input_scale(scale: Any, name: str) -> None:
+    """Raises a ValueError unless `scale` is None or a floating-point scalar.
+
+    Where its value is known, it must be finite, and large enough that its reciprocal is too.
+    """
+    if scale is None:
+        return
+    if jnp.shape(scale) != () or not jnp.issubdtype(jnp.result_type(scale), jnp.floating):
+        raise ValueError(
+            f"{name} must be a floating-point scalar, one for all experts, got "
+            f"{jnp.result_type(scale)}{list(jnp.shape(scale))}; take the largest of theirs"
+        )
+    if isinstance(scale, jax.core.Tracer) or not getattr(scale, "is_fully_addressable", True):
+        return
+    if not _SMALLEST_INPUT_SCALE <= float(scale) < float("inf"):
+        raise ValueError(
+            f"{name} must be finite and at least 2^-100, got {float(scale)}; leave it out to have "
+            "each token scaled by itself"
         )
 
 

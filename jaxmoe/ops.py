@@ -18,6 +18,7 @@ from jaxmoe.experts import (
     Matrix,
     check_bias,
     check_experts,
+    check_input_scale,
     check_matrix,
     format_of,
     is_plain,
@@ -67,11 +68,17 @@ def moe_mlp(
 
     With `compute="w4a16"` the weights are exact (but for one case: with float16 x on Hopper, MXFP4
     blocks whose scale is below 2^-29 of the matrix's largest count as zeros), sums are float32, and
-    the result is rounded once to x's dtype. With `compute="w4a8"` (MXFP4 weights on Hopper) the
-    tensor cores multiply e4m3: a row of x or h is rounded to e4m3 times the least power of two that
-    keeps it within 448, and a block of weights whose scale is more than 2^11 below the largest of
-    its row is rounded as `jaxmoe.kernels.fragment_fp8` says; gradients are those of w4a16 on these
-    weights, as if x and h had not been rounded. `docs/accuracy.md` has the errors.
+    the result is rounded once to x's dtype. Other arithmetic rounds x and h too:
+
+    - `"w4a4"`: NVFP4 weights and activations, on SM 100, 103, 120 and 121.
+    - `"w4a8"`, MXFP4 weights: MXFP8 activations on those SMs. On Hopper a row of x or h is rounded
+      to e4m3 times the least power of two that keeps it within 448, and a block of weights whose
+      scale is more than 2^11 below the largest of its row as `jaxmoe.kernels.fragment_fp8` says.
+
+    `jaxmoe.kernels.operands` states the rules of NVFP4 and MXFP8, and the implementations
+    `"xla_w4a4"` and `"xla_w4a8"` follow them on any device. Gradients are those of w4a16 on the
+    weights that are multiplied, as if x and h had not been rounded. `docs/accuracy.md` has the
+    errors.
 
     Args:
       x: tokens, `[T, H]`, float32, bfloat16 or float16.
@@ -79,9 +86,10 @@ def moe_mlp(
       expert_ids: `i32[T, k]`, global ids.
       weights: routing weights, floating-point `[T, k]`.
       activation: what stands between the two products.
-      compute: `"w4a16"`, `"w4a8"`, `"w4a4"`, or `"auto"`, which takes what the weights call for
-        where this target has it, else the nearest more accurate arithmetic. Weights declare nothing
-        today, so that auto is w4a16: `"w4a8"` has to be asked for, here and in `prepare`.
+      compute: `"w4a16"`, `"w4a8"`, `"w4a4"`, or `"auto"`, which takes what the weights declare
+        (`ExpertWeights.declared_compute`) where this target has it, else the nearest more accurate
+        arithmetic. Weights that declare nothing run as w4a16: anything else has to be asked for,
+        here and in `prepare`.
       expert_offset: id of the first local expert; an int or an `i32[]` array.
       weight_on_input: multiply x by the routing weight before the first product, and leave the
         result unweighted (Llama 4); for k = 1.
@@ -136,6 +144,8 @@ def moe_mlp_problem(
         intermediate_size=experts.intermediate_size,
         num_experts=experts.num_experts,
         top_k=top_k,
+        declared_compute=experts.declared_compute,
+        input_scales=experts.has_input_scales,
     )
 
 
@@ -145,6 +155,7 @@ def grouped_matmul(
     group_sizes: jax.Array,
     *,
     bias: jax.Array | None = None,
+    input_scale: jax.Array | None = None,
     group_offset: int | jax.Array | None = None,
     preferred_element_type: Any = None,
     compute: str = "auto",
@@ -167,6 +178,7 @@ def grouped_matmul(
       group_sizes: `i32[G]`, rows of each group, `G = E` without `group_offset`. Rows past their sum
         give zero.
       bias: floating-point `[E, N]`, added to the rows of each group.
+      input_scale: `f32[]`, the static scale of x for kernels that quantise it; see `ExpertWeights`.
       group_offset: w holds the matrices of groups `group_offset ... group_offset + E - 1`, and the
         rows of all other groups give zero; an int or an `i32[]` array. None is 0.
       preferred_element_type: dtype of the result; x's by default.
@@ -184,6 +196,7 @@ def grouped_matmul(
     e, n, k = w.shape
     _check_tokens(x, k, "x", "[M, K]")
     check_bias(bias, (e, n), "bias")
+    check_input_scale(input_scale, "input_scale")
     if group_sizes.ndim != 1 or group_sizes.dtype != jnp.int32:
         raise ValueError(
             "group_sizes must be an int32 array with one axis, got "
@@ -212,11 +225,12 @@ def grouped_matmul(
         intermediate_size=n,
         num_experts=e,
         top_k=1,
+        input_scales=input_scale is not None,
     )
     resolution = kernels.select(problem, implementation)
     call = _GroupedCall(tuning.Key.of(resolution), out_dtype.name)
     return _grouped_matmul_jit(
-        call, x, kernels.lay_out(w, resolution, False), group_sizes, bias, offset
+        call, x, kernels.lay_out(w, resolution, False), group_sizes, bias, input_scale, offset
     )
 
 
@@ -297,7 +311,13 @@ def _moe_mlp_bwd(call: _MlpCall, residuals: Any, cotangent: jax.Array) -> tuple[
     x, experts, expert_ids, weights, params, expert_offset = residuals
     g = _mlp_backward(call)((x, expert_ids, weights, cotangent), (experts, params, expert_offset))
     # A subtree that is None stands for frozen weights.
-    experts_g = ExpertWeights(g.gate_up, g.down, g.gate_up_bias, g.down_bias)  # type: ignore[arg-type]
+    experts_g = ExpertWeights(
+        g.gate_up,  # type: ignore[arg-type]
+        g.down,  # type: ignore[arg-type]
+        g.gate_up_bias,
+        g.down_bias,
+        declared_compute=experts.declared_compute,
+    )
     return g.x, experts_g, None, g.weights, None, None
 
 
@@ -340,9 +360,10 @@ def _grouped_matmul(
     w: Matrix,
     group_sizes: jax.Array,
     bias: jax.Array | None,
+    input_scale: jax.Array | None,
     group_offset: jax.Array,
 ) -> jax.Array:
-    return _grouped_forward(call)(x, w, group_sizes, bias, group_offset)
+    return _grouped_forward(call)(x, w, group_sizes, bias, input_scale, group_offset)
 
 
 def _grouped_fwd(call: _GroupedCall, *args: Any) -> tuple[jax.Array, Any]:
@@ -350,9 +371,9 @@ def _grouped_fwd(call: _GroupedCall, *args: Any) -> tuple[jax.Array, Any]:
 
 
 def _grouped_bwd(call: _GroupedCall, residuals: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-    x, w, group_sizes, bias, group_offset = residuals
+    x, w, group_sizes, bias, _, group_offset = residuals
     dx, dw, db = _grouped_backward(x, w, group_sizes, bias, group_offset, cotangent)
-    return dx, dw, None, db, None
+    return dx, dw, None, db, None, None
 
 
 _grouped_matmul.defvjp(_grouped_fwd, _grouped_bwd)
@@ -361,12 +382,8 @@ _grouped_matmul_jit = jax.jit(_grouped_matmul, static_argnums=0)
 
 @functools.cache
 def _grouped_forward(call: _GroupedCall) -> Callable[..., jax.Array]:
-    def forward(
-        x: jax.Array, w: Matrix, sizes: jax.Array, bias: jax.Array | None, offset: jax.Array
-    ) -> jax.Array:
-        return kernels.grouped_matmul(
-            call.key, x, w, sizes, bias, offset, jnp.dtype(call.out_dtype)
-        )
+    def forward(*operands: Any) -> jax.Array:
+        return kernels.grouped_matmul(call.key, *operands, jnp.dtype(call.out_dtype))
 
     return jax.custom_batching.sequential_vmap(forward)
 

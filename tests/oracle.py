@@ -102,7 +102,7 @@ def _decoded(w: Weight) -> np.ndarray:
 
 
 # --- arithmetic ---------------------------------------------------------------------------------
-# What stands between the definition of a product in float64 and what W4A8 multiplies.
+# What stands between the definition of a product in float64 and what is multiplied.
 
 
 def rounded(x: np.ndarray, mantissa_bits: int, smallest_exponent: int) -> np.ndarray:
@@ -160,19 +160,111 @@ def decode_rebased(w: Bits) -> np.ndarray:
     return decode_e2m1(codes) * np.ldexp(1.0, np.repeat(d + row[..., None] - 127, 32, axis=-1))
 
 
+def block_decoded(w: Bits) -> np.ndarray:
+    """float64[..., K]: element * block scale, without the global scale."""
+    return Bits(w.format, w.data, w.scale).decode()
+
+
+def global_scales(w: Bits) -> np.ndarray:
+    """float64[E]: what multiplies the products of each expert."""
+    scale = np.ones(len(w.data)) if w.global_scale is None else w.global_scale
+    return np.asarray(scale, np.float64)
+
+
+def nvfp4_rows(x: np.ndarray, input_scale: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as NVFP4: e2m1 * e4m3 as float64[..., K], and the global scale float64[..., 1] of each.
+
+    The global scale is amax / (448 * 6) (1 where that is 0), or `input_scale`. All that decides
+    a rounding is float32, in this order: g = amax / 2688; s = e4m3(amax of 16 / (6 g)), saturating;
+    e2m1(x / (s g)), saturating; ties to even. A block whose scale is 0 is 0.
+    """
+    one, zero = np.float32(1), np.float32(0)
+    x = np.asarray(x).astype(np.float32)
+    amax = np.abs(x).max(-1, keepdims=True, initial=0)
+    g = amax / np.float32(2688)
+    g = np.where(g > 0, g, one)
+    if input_scale is not None:
+        g = np.full_like(g, np.float32(input_scale))
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // 16, 16)
+    with np.errstate(over="ignore"):  # an infinite quotient saturates
+        scale = np.abs(blocks).max(-1, initial=0) / (np.float32(6) * g)
+        scale = rounded(np.minimum(scale, np.float32(448)).astype(np.float64), 3, -6)
+        step = scale.astype(np.float32)[..., None] * g[..., None]
+        quotient = np.where(step > 0, np.abs(blocks) / np.where(step > 0, step, one), zero)
+    codes = nearest_e2m1(np.minimum(quotient, np.float32(6)).astype(np.float64))
+    values = np.copysign(_E2M1[codes], blocks) * scale[..., None]
+    return values.reshape(x.shape), g.astype(np.float64)
+
+
+def mxfp8_rows(x: np.ndarray, input_scale: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as MXFP8: e4m3 * 2^e as float64[..., K], and `input_scale` (or 1) for each.
+
+    x is first divided by the input scale, in float32. The exponent of 32 elements is
+    floor(log2(amax)) - 8 within [-127, 127]; e4m3 rounds to even and saturates at 448.
+    """
+    x, g = np.asarray(x).astype(np.float32), np.float32(1)
+    if input_scale is not None:
+        g = np.float32(input_scale)
+        x = x / g
+    blocks = x.astype(np.float64).reshape(*x.shape[:-1], x.shape[-1] // 32, 32)
+    amax = np.abs(blocks).max(-1, keepdims=True, initial=0)
+    exponent = np.where(amax > 0, np.clip(np.frexp(amax)[1] - 1 - 8, -127, 127), -127)
+    elements = np.clip(rounded(np.ldexp(blocks, -exponent), 3, -6), -448, 448)
+    return np.ldexp(elements, exponent).reshape(x.shape), np.full((*x.shape[:-1], 1), float(g))
+
+
+def _no_factor(operand: Callable[[np.ndarray], np.ndarray]):
+    """Rows rounded by `operand`, which needs no factor and reads no input scale."""
+    return lambda x, input_scale: (operand(x), np.ones((*x.shape[:-1], 1)))
+
+
+def _to_dtype(y: np.ndarray, dtype: str) -> np.ndarray:
+    return rounded(y, *_DTYPES[dtype])
+
+
+def _to_bf16(y: np.ndarray) -> np.ndarray:
+    return rounded(y, *_DTYPES["bfloat16"])
+
+
+def _as_it_is(y: np.ndarray, *_) -> np.ndarray:
+    return y
+
+
 @dataclass(frozen=True)
 class Arithmetic:
-    """weight: bits -> what is multiplied; operand: rows -> what is multiplied; result: of each
-    product, from float64 and the name of x's dtype."""
+    """What one product of quantised rows and weights is, and what is rounded around it.
+
+    product(values of a row, weight of an expert) * factor of the row * factor of the expert + bias
+
+    weight: bits -> what is multiplied, `[E, N, K]`; factor: bits -> `[E]`.
+    operand: rows, input scale -> what is multiplied, and the factor of each row `[..., 1]`.
+    product: rounds the sums before any factor.
+    result: rounds the activation's output and each slot's result, given the name of x's dtype.
+    weigh_first: with weight_on_input, whether x is multiplied before it becomes an operand.
+    """
 
     weight: Callable[[Weight], np.ndarray]
-    operand: Callable[[np.ndarray], np.ndarray]
+    factor: Callable[[Weight], np.ndarray]
+    operand: Callable[[np.ndarray, float | None], tuple[np.ndarray, np.ndarray]]
+    product: Callable[[np.ndarray], np.ndarray]
     result: Callable[[np.ndarray, str], np.ndarray]
+    weigh_first: bool = False
+
+
+def _ones(w: Weight) -> np.ndarray:
+    return np.ones(len(w.data) if isinstance(w, Bits) else len(w))
+
+
+def _block_scaled(operand) -> Arithmetic:
+    """Both operands have block scales; sums leave the tensor cores as bfloat16."""
+    return Arithmetic(block_decoded, global_scales, operand, _to_bf16, _as_it_is, weigh_first=True)
 
 
 ARITHMETIC: dict[str, Arithmetic] = {
-    "exact": Arithmetic(_decoded, lambda x: x, lambda y, dtype: y),
-    "w4a8": Arithmetic(decode_rebased, fp8_rows, lambda y, dtype: rounded(y, *_DTYPES[dtype])),
+    "exact": Arithmetic(_decoded, _ones, _no_factor(_as_it_is), _as_it_is, _as_it_is),
+    "w4a8": Arithmetic(decode_rebased, _ones, _no_factor(fp8_rows), _as_it_is, _to_dtype),
+    "w4a4": _block_scaled(nvfp4_rows),
+    "mxfp8": _block_scaled(mxfp8_rows),
 }
 
 
@@ -301,32 +393,39 @@ def moe_mlp(
     expert_offset: int = 0,
     weight_on_input: bool = False,
     arithmetic: str = "exact",
+    input_scales: tuple[float | None, float | None] = (None, None),
 ) -> np.ndarray:
     """float64[T, H]: sum over slots of weight * (act(x gate_up^T + bias) down^T + bias)."""
     return moe_mlp_pairs(
         x, gate_up, down, expert_ids, weights, activation=activation, params=params,
         gate_up_bias=gate_up_bias, down_bias=down_bias, expert_offset=expert_offset,
-        weight_on_input=weight_on_input, arithmetic=arithmetic,
+        weight_on_input=weight_on_input, arithmetic=arithmetic, input_scales=input_scales,
     ).sum(axis=1)  # fmt: skip
 
 
 def moe_mlp_pairs(
     x, gate_up, down, expert_ids, weights, *, activation="swiglu", params=(), gate_up_bias=None,
     down_bias=None, expert_offset=0, weight_on_input=False, arithmetic="exact",
+    input_scales=(None, None),
 ) -> np.ndarray:  # fmt: skip
     """float64[T, k, H]: each slot's weighted contribution; zero where the id is not local."""
     how, dtype = ARITHMETIC[arithmetic], np.asarray(x).dtype.name
     x, weights = np.asarray(x).astype(np.float64), np.asarray(weights).astype(np.float64)
-    x, first, second = how.operand(x), how.weight(gate_up), how.weight(down)
+    first, second = how.weight(gate_up), how.weight(down)
+    first_factor, second_factor = how.factor(gate_up), how.factor(down)
     out = np.zeros((*np.shape(expert_ids), second.shape[1]))
     for expert, tokens, slots in _local_pairs(expert_ids, expert_offset, first.shape[0]):
         weight = weights[tokens, slots][:, None]
-        rows = x[tokens] * weight if weight_on_input else x[tokens]
-        hidden = rows @ first[expert].T
+        rows = x[tokens] * weight if weight_on_input and how.weigh_first else x[tokens]
+        rows, factor = how.operand(rows, input_scales[0])
+        if weight_on_input and not how.weigh_first:
+            factor = factor * weight
+        hidden = how.product(rows @ first[expert].T) * first_factor[expert] * factor
         if gate_up_bias is not None:
             hidden = hidden + np.asarray(gate_up_bias, np.float64)[expert]
         value, _, _ = activate(activation, hidden, _expert_params(params, expert))
-        result = how.operand(how.result(value, dtype)) @ second[expert].T
+        inner, factor = how.operand(how.result(value, dtype), input_scales[1])
+        result = how.product(inner @ second[expert].T) * second_factor[expert] * factor
         if down_bias is not None:
             result = result + np.asarray(down_bias, np.float64)[expert]
         result = how.result(result, dtype)
@@ -394,14 +493,17 @@ def _groups(group_sizes, group_offset: int, num_local: int, num_rows: int):
 
 
 def grouped_matmul(
-    x, w: Weight, group_sizes, *, bias=None, group_offset: int = 0, arithmetic: str = "exact"
-) -> np.ndarray:
+    x, w: Weight, group_sizes, *, bias=None, group_offset: int = 0, arithmetic: str = "exact",
+    input_scale: float | None = None,
+) -> np.ndarray:  # fmt: skip
     """float64[M, N]: rows of group g times w[g - offset]^T plus bias; all other rows zero."""
     how = ARITHMETIC[arithmetic]
-    x, w = how.operand(np.asarray(x).astype(np.float64)), how.weight(w)
+    x, factor = how.operand(np.asarray(x).astype(np.float64), input_scale)
+    w, w_factor = how.weight(w), how.factor(w)
     out = np.zeros((x.shape[0], w.shape[1]))
     for group, start, end in _groups(group_sizes, group_offset, w.shape[0], x.shape[0]):
-        out[start:end] = x[start:end] @ w[group].T
+        out[start:end] = how.product(x[start:end] @ w[group].T) * w_factor[group]
+        out[start:end] *= factor[start:end]
         if bias is not None:
             out[start:end] += np.asarray(bias, np.float64)[group]
     return out

@@ -53,6 +53,7 @@ class Spec:
     num_experts counts the local experts; num_total (default: the same) is what ids are drawn from.
     params: "default", "uniform" or "per_expert". scales: "normal", "wide" (the whole range of the
     block-scale format), "zero_blocks", "huge" (2^30 into `down` 2^-60), "tiny" (the reverse).
+    input_scales: static ones for both products, near what normally distributed values call for.
     """
 
     tokens: int = 17
@@ -71,6 +72,7 @@ class Spec:
     weight_on_input: bool = False
     scales: str = "normal"
     packed: bool = True
+    input_scales: bool = False
     seed: int = 0
 
     @property
@@ -106,6 +108,7 @@ class Problem:
     params: tuple[Any, ...]
     gate_up_bias: np.ndarray | None = None
     down_bias: np.ndarray | None = None
+    input_scales: tuple[np.float32 | None, np.float32 | None] = (None, None)
 
     def oracle_kwargs(self) -> dict[str, Any]:
         return {
@@ -123,8 +126,9 @@ class Problem:
     def pairs(self, arithmetic: str = "exact") -> np.ndarray:
         """float64[T, k, H]: what each slot adds to the output."""
         return oracle.moe_mlp_pairs(
-            *self.oracle_args(), **self.oracle_kwargs(), arithmetic=arithmetic
-        )
+            *self.oracle_args(), **self.oracle_kwargs(), arithmetic=arithmetic,
+            input_scales=self.input_scales,
+        )  # fmt: skip
 
     def expected(self) -> np.ndarray:
         return oracle.moe_mlp(*self.oracle_args(), **self.oracle_kwargs())
@@ -142,14 +146,16 @@ class Problem:
 
         import jaxmoe
 
-        def optional(bias):
-            return None if bias is None else jnp.asarray(bias)
+        def optional(value):
+            return None if value is None else jnp.asarray(value)
 
         return jaxmoe.ExpertWeights(
             gate_up=jax_weight(self.gate_up, packed=self.spec.packed),
             down=jax_weight(self.down, packed=self.spec.packed),
             gate_up_bias=optional(self.gate_up_bias),
             down_bias=optional(self.down_bias),
+            gate_up_input_scale=optional(self.input_scales[0]),
+            down_input_scale=optional(self.input_scales[1]),
         )
 
     def call_kwargs(self) -> dict[str, Any]:
@@ -303,6 +309,14 @@ def _random_params(rng: np.random.Generator, spec: Spec) -> tuple[Any, ...]:
     return tuple(rng.uniform(*r, spec.num_experts).astype(np.float32) for r in ranges)
 
 
+def _input_scales(spec: Spec) -> tuple[np.float32 | None, np.float32 | None]:
+    """A largest value of 2 to 6 over 448 * 6, so that some values saturate."""
+    if not spec.input_scales:
+        return None, None
+    first, second = np.random.default_rng([spec.seed, 5]).uniform(2, 6, 2) / (448 * 6)
+    return np.float32(first), np.float32(second)
+
+
 def random_problem(spec: Spec) -> Problem:
     """A problem with normally distributed activations and uniformly distributed weight codes."""
     rng = np.random.default_rng([spec.seed, 1])
@@ -331,6 +345,7 @@ def random_problem(spec: Spec) -> Problem:
         if spec.bias
         else None,
         down_bias=rng.standard_normal((experts, hidden)).astype(np.float32) if spec.bias else None,
+        input_scales=_input_scales(spec),
     )
 
 
@@ -564,6 +579,7 @@ class GroupedSpec:
     group_offset: int | None = None
     num_groups: int | None = None
     scales: str = "normal"
+    input_scale: float | None = None
     seed: int = 0
 
 
@@ -583,6 +599,7 @@ class GroupedProblem:
             bias=self.bias,
             group_offset=self.spec.group_offset or 0,
             arithmetic=arithmetic,
+            input_scale=self.spec.input_scale,
         )
 
     def call_args(self) -> tuple[Any, ...]:
@@ -596,6 +613,9 @@ class GroupedProblem:
         return {
             "bias": None if self.bias is None else jnp.asarray(self.bias),
             "group_offset": self.spec.group_offset,
+            "input_scale": None
+            if self.spec.input_scale is None
+            else jnp.float32(self.spec.input_scale),
         }
 
 

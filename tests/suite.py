@@ -22,8 +22,30 @@ IMPLEMENTATIONS = (
     "cpu_amx",
 )
 NATIVE = IMPLEMENTATIONS[1:]
-GPU = ("sm90_w4a16", "sm90_w4a8", "sm80_w4a16")  # their tests are in tests/gpu
-COMPUTE = {"sm90_w4a8": "w4a8"}  # what a variant has to be asked for; auto for all others
+EMULATED = tuple(
+    f"{family}_{compute}_emulated" for family in ("sm120", "sm100") for compute in ("w4a4", "w4a8")
+)
+BLACKWELL = tuple(variant.removesuffix("_emulated") for variant in EMULATED)
+# Their tests are in tests/gpu.
+GPU = ("sm90_w4a16", "sm90_w4a8", "sm80_w4a16", *BLACKWELL, *EMULATED)
+# Variants that quantise both operands by block: the oracle's arithmetic and the weight format.
+BLOCK_SCALED = {
+    variant: ("w4a4", "nvfp4") if "w4a4" in variant else ("mxfp8", "mxfp4")
+    for variant in ("xla_w4a4", "xla_w4a8", *BLACKWELL, *EMULATED)
+}
+# What a variant has to be asked for; auto for all others.
+COMPUTE = {
+    variant: "w4a4" if "w4a4" in variant else "w4a8" for variant in ("sm90_w4a8", *BLOCK_SCALED)
+}
+
+
+def aligned(spec: Any) -> Any:
+    """A spec of MXFP4 weights with sizes that the kernels of W4A8 on Blackwell take."""
+    names = {"hidden_size", "intermediate_size", "in_size"} & vars(spec).keys()
+    if spec.weight_format != "mxfp4":
+        return spec
+    return dataclasses.replace(spec, **{n: -(-getattr(spec, n) // 64) * 64 for n in names})
+
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 DTYPES, FORMATS = ("float32", "bfloat16"), ("nvfp4", "mxfp4")
@@ -125,11 +147,11 @@ def run(problem: Problem, implementation: str | None, experts: Any = None) -> np
 
 @functools.cache
 def compiled_grouped(implementation: Any, preferred: str | None = None):
-    """jit of grouped_matmul as f(x, w, group_sizes, bias, group_offset)."""
+    """jit of grouped_matmul as f(x, w, group_sizes, bias, input_scale, group_offset)."""
 
-    def call(x, w, group_sizes, bias, group_offset):
+    def call(x, w, group_sizes, bias, input_scale, group_offset):
         return jaxmoe.grouped_matmul(
-            x, w, group_sizes, bias=bias, group_offset=group_offset,
+            x, w, group_sizes, bias=bias, input_scale=input_scale, group_offset=group_offset,
             preferred_element_type=preferred, compute=COMPUTE.get(implementation, "auto"),
             implementation=implementation,
         )  # fmt: skip
@@ -142,8 +164,9 @@ def run_grouped(problem: GroupedProblem, implementation: Any, preferred: str | N
     kwargs = problem.call_kwargs()
     offset = kwargs["group_offset"]
     y = compiled_grouped(implementation, preferred)(
-        *problem.call_args(), kwargs["bias"], None if offset is None else jnp.int32(offset)
-    )
+        *problem.call_args(), kwargs["bias"], kwargs["input_scale"],
+        None if offset is None else jnp.int32(offset),
+    )  # fmt: skip
     assert y.shape == (problem.spec.rows, problem.spec.out_size)
     assert y.dtype == np.dtype(jnp.dtype(preferred or problem.x.dtype))
     return np.asarray(y)

@@ -48,7 +48,13 @@ GPU_VARIANTS = (
     "sm100_w4a8",
     "sm120_w4a4",
     "sm120_w4a8",
+    # Never chosen by AUTO, so that no grid below has them.
+    "sm100_w4a4_emulated",
+    "sm100_w4a8_emulated",
+    "sm120_w4a4_emulated",
+    "sm120_w4a8_emulated",
 )
+EMULATED = GPU_VARIANTS[-4:]
 
 
 def problem(weight_format="nvfp4", compute="auto", declared=None, **fields) -> Problem:
@@ -152,6 +158,12 @@ trtllm_gen     S   S   J    J    U    U    U        S    S    S   P    P    P
 cute_dsl       S   S   J    J    U    U    U        S    S    S   P    P    P
 sm90_w4a4      S   I   S    S    U    U    U        S    S    S   P    P    P
 sm120_generic  S   S   S    S    U    U    U        I    I    S   P    P    P
+sm120_w4a4_emulated  S  B  S  S  U  U  U  S  S  S  P  P  P
+sm120_w4a8_emulated  S  F  S  S  U  U  U  S  S  S  P  P  P
+sm100_w4a4_emulated  S  B  S  S  U  U  U  S  S  S  P  P  P
+sm100_w4a8_emulated  S  F  S  S  U  U  U  S  S  S  P  P  P
+xla_w4a4       N   N   N    N    N    N    N        N    N    N   N    N    N
+xla_w4a8       F   F   F    F    F    F    F        F    F    F   F    F    F
 """
 LETTERS = {
     "P": Reason.PLATFORM_UNSUPPORTED,
@@ -161,6 +173,7 @@ LETTERS = {
     "B": Reason.NOT_BUILT,
     "I": Reason.INSTRUCTION_MISSING,
     "J": Reason.NOT_IN_JAXMOE,
+    "N": Reason.ONLY_BY_NAME,
 }
 
 
@@ -262,7 +275,22 @@ REFUSALS = [
     ("sm90_w4a16", {"num_experts": 1025}, "h100", "TOO_MANY_EXPERTS",
      ["at most 1024 experts", "got 1025", "expert_offset"]),
     ("sm120_w4a4", {"compute": "w4a4"}, "rtx 5090", "NOT_BUILT",
-     ["this build holds no sm120 library", "not written yet", "xla"]),
+     ["this build holds no sm120 library", "JAXMOE_CUDA_FAMILIES=sm120"]),
+    ("sm100_w4a8", {"compute": "w4a8", "weight_format": "mxfp4"}, "b300", "NOT_BUILT",
+     ["this build holds no sm100 library", "JAXMOE_CUDA_FAMILIES=sm100"]),
+    ("sm120_w4a4_emulated", {"compute": "w4a4"}, "h100", "NOT_BUILT",
+     ["this build holds no sm120_emulated library", "JAXMOE_EMULATE=sm120"]),
+    ("sm120_w4a4_emulated", {"compute": "w4a4"}, "rtx 5090", "SM_UNSUPPORTED", ["requires SM 90"]),
+    ("sm120_w4a8", {"compute": "w4a8"}, "gb10", "FORMAT_UNSUPPORTED",
+     ["requires mxfp4 weights; got nvfp4", "MXFP4 × MXFP8 alone"]),
+    ("sm120_w4a4", {"compute": "w4a4", "activation_dtype": "float16"}, "sm_120",
+     "DTYPE_UNSUPPORTED", ["requires x of dtype bfloat16", "got float16"]),
+    ("sm120_w4a4", {"compute": "w4a4", "intermediate_size": 80}, "sm_121", "SHAPE_UNALIGNED",
+     ["intermediate_size to be a multiple of 32", "got 80", "pad to 96"]),
+    ("sm100_w4a8", {"weight_format": "mxfp4", "compute": "w4a8", "hidden_size": 2080}, "b200",
+     "SHAPE_UNALIGNED", ["hidden_size to be a multiple of 64", "got 2080", "pad to 2112"]),
+    ("sm80_w4a16", {}, "rtx 4090", "NOT_BUILT",
+     ["this build holds no sm80 library", "JAXMOE_CUDA_FAMILIES=sm80"]),
     ("sm90_w4a16", {}, "h100", "NOT_BUILT",
      ["this build holds no sm90 library", "JAXMOE_CUDA_FAMILIES=sm90"]),
     ("cpu_avx2", {}, "cpu", "NOT_BUILT", ["jaxmoe._cpu", "C++17 compiler"]),
@@ -333,6 +361,7 @@ class TestSentences:
             Reason.SELF_TEST_FAILED,
             Reason.BIAS_UNSUPPORTED,
             Reason.OP_UNSUPPORTED,
+            Reason.ONLY_BY_NAME,  # in the grid, and TestOnlyByName
         }
         assert {Reason[reason] for *_, reason, _ in REFUSALS} | elsewhere == set(Reason)
 
@@ -456,6 +485,72 @@ class TestRequest:
         odd = problem(op="grouped_matmul", hidden_size=96, intermediate_size=7)
         assert choice(odd, self.cpu) == "cpu_avx2"
         assert choice(dataclasses.replace(odd, hidden_size=7), self.cpu) == "xla"
+
+
+class TestOnlyByName:
+    """Emulated kernels, and W4A4 and W4A8 in plain JAX."""
+
+    @pytest.mark.parametrize("name", sorted({row[0] for row in grid(STRICT)}))
+    def test_auto_and_the_names_of_families_and_providers_pass_them_over(self, name):
+        machine = target(name, GPU_VARIANTS + CPU_VARIANTS)
+        able = {*EMULATED, "xla_w4a4", "xla_w4a8"}
+        formats, computes = ("nvfp4", "mxfp4"), ("auto", "w4a16", "w4a8", "w4a4")
+        for weight_format, compute in itertools.product(formats, computes):
+            for request_ in (None, "cutlass", "sm120", "sm100", "xla", "cpu"):
+                ask = problem(weight_format, compute, "w4a4")
+                assert choice(ask, machine, request_) not in able
+
+    def test_the_sentence_says_how_to_take_it_all_the_same(self):
+        with pytest.raises(UnsupportedError) as caught:
+            resolve(problem(compute="w4a4"), target("cpu"))
+        detail = {r.variant: r.detail for r in caught.value.resolution.rejected}["xla_w4a4"]
+        assert detail == (
+            "AUTO never takes it, since it is for trying this arithmetic anywhere, and slower "
+            "than W4A16: pass implementation='xla_w4a4'"
+        )
+
+    def test_its_own_name_takes_it(self):
+        hopper, names = target("h100", EMULATED), ("cpu", "tpu", "rocm", "h100", "unknown")
+        for variant in EMULATED:
+            weight_format = "nvfp4" if "w4a4" in variant else "mxfp4"
+            ask = problem(weight_format, variant.split("_")[1])
+            found = resolve(ask, hopper, variant)
+            assert (found.selected, found.layout) == (variant, "block_scaled_128x4")
+            assert choice(ask, target("b200", EMULATED), variant) == "-"
+        for name in names:
+            assert choice(problem(compute="w4a4"), target(name), "xla_w4a4") == "xla_w4a4"
+            assert choice(problem("mxfp4", "w4a8"), target(name), "xla_w4a8") == "xla_w4a8"
+            assert choice(problem(), target(name), "xla_w4a4") == "-"  # nothing declared w4a4
+
+    def test_names_that_nothing_answers_to_are_not_offered(self):
+        names = capability.implementation_names()
+        assert {"xla_w4a4", "sm120_w4a4_emulated", "sm120"} <= set(names)
+        assert "sm120_emulated" not in names
+
+
+class TestInputScales:
+    @pytest.mark.parametrize(
+        ("name", "weight_format", "compute", "variant", "words"),
+        [
+            ("rtx 5090", "nvfp4", "w4a4", None, "sm120_w4a4 quantises activations by them"),
+            ("b200", "mxfp4", "w4a8", None, "sm100_w4a8 quantises activations by them"),
+            ("cpu", "nvfp4", "w4a4", "xla_w4a4", "xla_w4a4 quantises activations by them"),
+            ("h100", "nvfp4", "auto", None, "ignored: sm90_w4a16 reads activations as they are"),
+            ("h100", "mxfp4", "w4a8", None, "ignored: sm90_w4a8 scales each row by its own larg"),
+            ("cpu", "nvfp4", "auto", "xla", "ignored: xla reads activations as they are"),
+        ],
+    )
+    def test_explain_says_what_becomes_of_them(self, name, weight_format, compute, variant, words):
+        machine = target(name, GPU_VARIANTS)
+        ask = problem(weight_format, compute, input_scales=True)
+        found = resolve(ask, machine, variant)
+        assert found.input_scales.startswith(words)
+        assert f"scales    static input scales: {words}" in str(found)
+        assert "static input scales" in str(ask)
+        assert Resolution.from_json(found.to_json()) == found
+        without = resolve(dataclasses.replace(ask, input_scales=False), machine, variant)
+        assert without.input_scales == ""
+        assert "input scales" not in str(without)
 
 
 class TestProblem:
@@ -888,7 +983,7 @@ class TestManifest:
     def test_rows_without_a_kernel_are_not_asked_for(self):
         rows = [row for row in TABLE if row.family == "sm120"]
         manifest = {
-            "layout": "scale128x4",
+            "layout": "block_scaled_128x4",
             "formats": [],  # each variant states its own
             "activations": sorted(ACTIVATIONS),
             "variants": {

@@ -15,9 +15,10 @@ import pytest
 import jaxmoe
 from jaxmoe import capability, kernels
 from jaxmoe.capability.table import SMEM_LIMIT
-from jaxmoe.kernels import cpu, fragment, fragment_fp8, layouts, native, panel, sm80, sm90, xla
+from jaxmoe.kernels import GPU_FAMILIES, cpu, fragment, fragment_fp8, layouts, native, panel, xla
 
 KEY = jax.random.key(0)
+sm80, sm90 = GPU_FAMILIES["sm80"], GPU_FAMILIES["sm90"]
 
 
 def experts(fmt="nvfp4", e=4, h=96, i=32, gated=True):
@@ -48,16 +49,14 @@ def test_manifest_and_table_agree_in_both_directions():
     assert re.fullmatch("[0-9a-f]{12}", manifest["build"])
 
 
-@pytest.mark.parametrize("family", [sm80, sm90])
+@pytest.mark.parametrize("family", GPU_FAMILIES.values(), ids=GPU_FAMILIES)
 def test_gpu_manifests_and_table_agree_in_both_directions(family):
     """Loading a library needs no GPU, so that a build is checked where it is made."""
     module, why = family.library()
     if module is None:
         pytest.skip(why)
-    name = family.__name__.rpartition(".")[-1]
-    rows = {row.variant: row for row in capability.TABLE if row.family == name}
-    assert capability.check_manifest(module.manifest(), rows.values()) == []
-    assert module.manifest()["library"] == name
+    assert capability.check_manifest(module.manifest(), family.rows.values()) == []
+    assert module.manifest()["library"] == family.name
     assert re.fullmatch("[0-9a-f]{12}", module.manifest()["build"])
     for variant, stated in module.manifest()["variants"].items():
         assert max(family.tactics(variant).values()) == stated["smem_bytes"]
@@ -419,7 +418,7 @@ def test_xla_reads_every_layout(fmt):
         np.testing.assert_array_equal(run(x, prepared, *rest), want)
 
 
-@pytest.mark.parametrize("family", [sm80, sm90])
+@pytest.mark.parametrize("family", [sm80, sm90], ids=lambda family: family.name)
 @pytest.mark.parametrize("factor", [1.0, 1.1])
 def test_self_test_judges_numbers_inside_any_trace(monkeypatch, factor, family):
     """On the CPU, with xla in place of the kernel: right numbers pass and wrong ones do not."""
@@ -428,12 +427,11 @@ def test_self_test_judges_numbers_inside_any_trace(monkeypatch, factor, family):
         return (factor * xla.moe_mlp(config, x, *rest)).astype(x.dtype)
 
     monkeypatch.setattr(family, "moe_mlp", stand_in)
-    monkeypatch.setattr(family, "_device", lambda: jax.local_devices(backend="cpu")[0])
-    variant = "sm80_w4a16" if family is sm80 else "sm90_w4a16"
+    monkeypatch.setattr(family, "device", lambda: jax.local_devices(backend="cpu")[0])
     found = []
 
     def traced(x):
-        found.append(family.self_test.__wrapped__(variant))
+        found.append(family.self_test.__wrapped__(family, f"{family.name}_w4a16"))
         return x
 
     mesh = jax.make_mesh((1,), ("i",))
@@ -446,7 +444,7 @@ def test_self_test_judges_numbers_inside_any_trace(monkeypatch, factor, family):
         if factor == 1.0:
             assert reason == ""
         else:
-            assert re.match(r"a relative error of 1\.\de-01 with nvfp4 weights", reason)
+            assert re.match(r"a relative error of 1\.\de-01 with mxfp4 weights", reason)
 
 
 def with_oracle(config, variant, x, experts, ids, weights, params, offset):
@@ -471,16 +469,15 @@ def test_hopper_self_test_of_w4a8_knows_what_is_rounded(monkeypatch, rounds):
         return xla.moe_mlp(config, *rest)
 
     monkeypatch.setattr(sm90, "moe_mlp", with_oracle if rounds else unrounded)
-    monkeypatch.setattr(sm90, "_device", lambda: jax.local_devices(backend="cpu")[0])
-    found = sm90.self_test.__wrapped__("sm90_w4a8")
+    monkeypatch.setattr(sm90, "device", lambda: jax.local_devices(backend="cpu")[0])
+    found = sm90.self_test.__wrapped__(sm90, "sm90_w4a8")
     if rounds:
         assert found == ""
     else:
         assert re.match(r"a relative error of \d\.\de-02 with mxfp4 weights", found)
 
 
-def test_self_tests_without_their_gpu_have_nothing_to_say():
-    if sm80._device() is None:
-        assert sm80.self_test("sm80_w4a16") == ""
-    if sm90._device() is None:
-        assert {sm90.self_test(variant) for variant in sm90._TESTED} == {""}
+@pytest.mark.parametrize("family", GPU_FAMILIES.values(), ids=GPU_FAMILIES)
+def test_self_tests_without_their_gpu_have_nothing_to_say(family):
+    if family.device() is None:
+        assert {family.self_test(variant) for variant in family.rows} == {""}

@@ -19,7 +19,7 @@ from flax import linen, nnx
 
 import jaxmoe
 from jaxmoe import activations, routing
-from jaxmoe.nn import CorrectionBias, LinenMoE, MoE, QuantizedParam
+from jaxmoe.nn import CorrectionBias, InputScale, LinenMoE, MoE, QuantizedParam
 from jaxmoe.nn import _variables as variables_module
 from jaxmoe.nn._variables import value
 
@@ -375,6 +375,45 @@ def test_explain_names_the_kernel_and_the_reasons():
     assert make(weight_format="mxfp4", implementation="xla").explain().selected_by != "auto"
     abstract = nnx.eval_shape(lambda: make(weight_format="nvfp4"))
     assert abstract.explain(jnp.float32).selected == layer.explain(jnp.float32).selected
+
+
+# --- static input scales --------------------------------------------------------------------------
+
+
+def test_input_scales_and_the_declared_compute_reach_the_kernel():
+    options = {"weight_format": "nvfp4", "input_scales": True, "declared_compute": "w4a4"}
+    layer = make(**options, dtype=jnp.bfloat16, implementation="xla_w4a4")
+    assert type(layer.gate_up_input_scale) is InputScale
+    assert (layer.experts().gate_up_input_scale, layer.experts().declared_compute) == (1, "w4a4")
+    found = layer.explain()
+    assert (found.selected, found.compute, found.degraded_from) == ("xla_w4a4", "w4a4", None)
+    assert found.input_scales == "xla_w4a4 quantises activations by them"
+    x = tokens(6)
+    answers = []
+    for scale in (2.0**-9, 2.0**-7):
+        layer.gate_up_input_scale[...] = jnp.float32(scale)
+        answers.append(np.asarray(layer(x), np.float32))
+    assert not np.array_equal(*answers)
+    assert not jax.tree.leaves(nnx.state(layer, nnx.Param).get("gate_up_input_scale"))
+    with jaxmoe.override(target=jaxmoe.Target.from_name("gb10", built=["sm120_w4a4"])):
+        assert make(**options).explain().selected == "sm120_w4a4"
+        ready = make(**options).prepare()
+        assert ready.layout == "block_scaled_128x4"
+        assert ready.experts().down_input_scale == 1
+    with jaxmoe.override(target="sm_110"):
+        assert make(**options).explain().degraded_from == "w4a4"
+    assert make(weight_format="nvfp4").gate_up_input_scale is None
+
+
+def test_input_scales_of_a_linen_layer_are_a_collection():
+    layer = LinenMoE(
+        64, 64, 4, 2, weight_format="nvfp4", input_scales=True, dtype=jnp.bfloat16,
+        declared_compute="w4a4", implementation="xla_w4a4",
+    )  # fmt: skip
+    x = jnp.ones((3, 64), jnp.bfloat16)
+    variables = layer.init(jax.random.key(0), x)
+    assert set(variables["input_scale"]) == {"gate_up_input_scale", "down_input_scale"}
+    assert layer.apply(variables, x).shape == x.shape
 
 
 # --- training ----------------------------------------------------------------------------------

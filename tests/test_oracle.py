@@ -123,6 +123,124 @@ def test_w4a8_is_the_double_loop_of_its_definition(dtype):
     assert 1e-3 < error < 0.06
 
 
+def test_rows_become_nvfp4_by_the_rule():
+    """Against ml_dtypes, which rounds by itself; the order of float32 operations is the rule's."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 64)) * np.exp2(rng.integers(-40, 40, (300, 1)))
+    x[::3] *= np.exp2(rng.integers(-14, 1, (100, 64)))  # blocks far below the row's largest
+    x = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    for static in (None, np.float32(0.00123)):
+        values, factor = oracle.nvfp4_rows(x, static)
+        for row in range(300):
+            g = np.abs(x[row]).max() / np.float32(2688) if static is None else static
+            assert factor[row, 0] == g
+            for b in range(4):
+                block = x[row, 16 * b : 16 * b + 16]
+                wanted = min(np.abs(block).max() / (np.float32(6) * g), np.float32(448))
+                scale = np.float32(wanted.astype(ml_dtypes.float8_e4m3fn))
+                step = scale * g
+                quotient = np.clip(block / step, -6, 6) if step else np.zeros(16, np.float32)
+                want = quotient.astype(ml_dtypes.float4_e2m1fn).astype(np.float64) * scale
+                np.testing.assert_array_equal(values[row, 16 * b : 16 * b + 16], want)
+
+
+def test_nvfp4_ties_zeros_saturation_and_odd_values():
+    def row(*first, rest=0.0):
+        return np.array([[*first] + [rest] * (16 - len(first))])
+
+    # g = 6 / 2688 = 2^-6 / 7, and fl(448 fl(2^-6 / 7)) is 1: quotients are the values themselves.
+    values, factor = oracle.nvfp4_rows(row(6, 5, 3.5, 2.5, 1.75, 1.25, 0.75, 0.25, -5, -0.25), None)
+    assert factor[0, 0] == np.float32(6) / np.float32(2688)
+    want = [6, 4, 4, 2, 2, 1, 1, 0, -4, -0.0] + [0] * 6
+    np.testing.assert_array_equal(values[0], 448 * np.array(want))
+    # Beyond the largest by a static scale: the block scale saturates, then e2m1.
+    values, factor = oracle.nvfp4_rows(row(100.0, -3.0), 1 / 448)
+    assert values[0, 0] == 448 * 6
+    assert values[0, 1] == 448 * -3
+    # Rows of zeros, and blocks too small for any scale: e4m3 rounds below 2^-10 to 0.
+    values, factor = oracle.nvfp4_rows(np.zeros((2, 32)), None)
+    assert not values.any()
+    assert (factor == 1).all()
+    values, _ = oracle.nvfp4_rows(np.concatenate([row(2688.0), row(2.0**-9 * 3)], 1), None)
+    assert not values[0, 16:].any()
+    values, _ = oracle.nvfp4_rows(np.concatenate([row(2688.0), row(2.0**-9 * 6)], 1), None)
+    assert values[0, 16] == 2.0**-9 * 6
+    assert oracle.nvfp4_rows(np.zeros((0, 16)), None)[0].shape == (0, 16)
+
+
+def test_rows_become_mxfp8_by_the_rule():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 64)) * np.exp2(rng.integers(-60, 60, (200, 64)))
+    x = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    x[7, :32] = 0
+    for static in (None, np.float32(0.37)):
+        values, factor = oracle.mxfp8_rows(x, static)
+        assert (factor == (1 if static is None else np.float64(static))).all()
+        for row, b in np.ndindex(200, 2):
+            block = x[row, 32 * b : 32 * b + 32] / (np.float32(1) if static is None else static)
+            amax = float(np.abs(block).max())
+            unit = 2.0 ** (np.floor(np.log2(amax)) - 8) if amax else 1.0
+            e4m3 = np.clip(block / unit, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+            want = e4m3.astype(np.float64) * unit
+            np.testing.assert_array_equal(values[row, 32 * b : 32 * b + 32], want)
+    # 1.9 * 2^8 is 486.4 in units of the block: it saturates. 464 would round up to 480, which is
+    # not there: 448.
+    values, _ = oracle.mxfp8_rows(np.array([[1.9] + [464 / 256] * 31]), None)
+    np.testing.assert_array_equal(values[0], 448 / 256)
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "weight_format", "quantised", "least"),
+    [("w4a4", "nvfp4", oracle.nvfp4_rows, 0.05), ("mxfp8", "mxfp4", oracle.mxfp8_rows, 0.01)],
+)
+@pytest.mark.parametrize("input_scales", [False, True])
+@pytest.mark.parametrize("weight_on_input", [False, True])
+def test_block_scaled_is_the_double_loop_of_its_definition(
+    arithmetic, weight_format, quantised, least, input_scales, weight_on_input
+):
+    spec = Spec(
+        tokens=5, num_experts=4, num_total=6, expert_offset=1, bias=True, dtype="bfloat16",
+        weight_format=weight_format, input_scales=input_scales, weight_on_input=weight_on_input,
+        top_k=1 if weight_on_input else 2,
+    )  # fmt: skip
+    p = problems.random_problem(spec)
+    unit = [oracle.Bits(w.format, w.data, w.scale).decode() for w in (p.gate_up, p.down)]
+    factors = [oracle.global_scales(w) for w in (p.gate_up, p.down)]
+    want = np.zeros((5, spec.top_k, 96))
+
+    def product(row, which, e):
+        values, g = quantised(row[None], p.input_scales[which])
+        sums = np.float32(unit[which][e] @ values[0]).astype(ml_dtypes.bfloat16)
+        return sums.astype(np.float64) * factors[which][e] * g[0, 0]
+
+    for t, j in np.ndindex(5, spec.top_k):
+        e, weight = int(p.expert_ids[t, j]) - 1, float(p.weights[t, j])
+        if not 0 <= e < 4:
+            continue
+        x = p.x[t].astype(np.float64) * (weight if weight_on_input else 1)
+        gate, up = np.split(product(x, 0, e) + p.gate_up_bias[e], 2)
+        y = product(gate / (1 + np.exp(-gate)) * up, 1, e) + p.down_bias[e]
+        want[t, j] = y if weight_on_input else weight * y
+    np.testing.assert_allclose(p.pairs(arithmetic), want, rtol=1e-12, atol=1e-12)
+    error = np.linalg.norm(p.pairs(arithmetic) - p.pairs()) / np.linalg.norm(p.pairs())
+    assert least < error < 0.5  # static scales clip
+
+
+def test_grouped_block_scaled_is_its_definition():
+    p = problems.random_grouped(dataclasses.replace(GROUPED_EDGES["offset"], input_scale=0.002))
+    values, g = oracle.nvfp4_rows(p.x, 0.002)
+    want, start = np.zeros((37, 64)), 0
+    for group, size in enumerate(p.group_sizes):
+        e = group - 3
+        if 0 <= e < 6:
+            rows = slice(start, start + size)
+            sums = np.float32(values[rows] @ oracle.block_decoded(p.w)[e].T)
+            sums = sums.astype(ml_dtypes.bfloat16).astype(np.float64)
+            want[rows] = sums * float(p.w.global_scale[e]) * g[rows] + p.bias[e]
+        start += size
+    np.testing.assert_allclose(p.expected("w4a4"), want, rtol=1e-12, atol=1e-12)
+
+
 def test_e2m1_table_and_nibble_order():
     table = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     np.testing.assert_array_equal(oracle.decode_e2m1(np.arange(16)), table + [-v for v in table])

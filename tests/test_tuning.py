@@ -17,11 +17,11 @@ import pytest
 import jaxmoe
 from jaxmoe import benchmark, capability, kernels, tuning
 from jaxmoe.benchmark import TINY
-from jaxmoe.kernels import sm90
 from jaxmoe.tuning import BUCKETS, Entry, Key, TuningError, bucket, measurement, tables, tuner
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 VARIANT = "sm90_w4a16"
+sm90 = kernels.GPU_FAMILIES["sm90"]
 TACTICS = {"decode": 1000, "wgmma64": 2000, "huge": 10**6}
 BUILD = "0123456789ab"
 

@@ -33,6 +33,7 @@ class Problem:
       top_k: experts per token.
       declared_compute: what the checkpoint was made for; None stands for the most accurate
         (`w4a16` for FP4 weights).
+      input_scales: whether the weights come with static scales of the activations.
       tokens: `T` (for `grouped_matmul`, the rows of x) where it is known. The variant never depends
         on it; which of the variant's tactics runs does.
     """
@@ -49,6 +50,7 @@ class Problem:
     num_experts: int
     top_k: int
     declared_compute: str | None = None
+    input_scales: bool = False
     tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -84,6 +86,7 @@ class Problem:
             origin = "declares" if self.declared_compute else "declares nothing, taken as"
             compute = f"auto (the checkpoint {origin} {self.declared})"
         extras = [self.activation] * (self.op == "moe_mlp") + ["bias"] * self.bias
+        extras += ["static input scales"] * self.input_scales
         return (
             f"{self.op} of {self.weight_format} weights, compute {compute}, "
             f"{', '.join([self.activation_dtype, *extras])}, H={self.hidden_size} "

@@ -12,9 +12,9 @@ import numpy as np
 
 from jaxmoe.capability.problem import Problem
 from jaxmoe.capability.table import (
+    EMULATED,
     KNOWN_SMS,
     UNKNOWN_SM_NAMES,
-    WRITTEN_FAMILIES,
     Reason,
     Row,
 )
@@ -56,7 +56,11 @@ def _sm_unknown(row: Row, problem: Problem, target: Target, table: Sequence[Row]
 def _sm(row: Row, problem: Problem, target: Target, table: Sequence[Row]) -> str | None:
     if row.sms is None or target.sm in row.sms:
         return None
-    here = [r.variant for r in table if r.sms and target.sm in r.sms and r.never is None]
+    here = [
+        r.variant
+        for r in table
+        if r.sms and target.sm in r.sms and r.never is None and not r.only_by_name
+    ]
     return (
         f"requires {_sm_list(row.sms)}; this target is {target}, whose native variants are "
         f"{', '.join(here) or 'none (xla runs everywhere)'}"
@@ -162,13 +166,16 @@ def _built(row: Row, problem: Problem, target: Target, table: Sequence[Row]) -> 
             "this build holds no such kernel in its CPU library (jaxmoe._cpu): install jaxmoe "
             "from source with a C++17 compiler"
         )
-    holds_none = f"this build holds no {row.family} library (jaxmoe._{row.family})"
-    if row.family not in WRITTEN_FAMILIES:
-        return f"{holds_none}: its kernels are not written yet; xla runs the problem as w4a16"
     return (
-        f"{holds_none}: build jaxmoe from source with nvcc and -C "
-        f"cmake.define.JAXMOE_CUDA_FAMILIES={row.family}"
+        f"this build holds no {row.family} library (jaxmoe._{row.family}): build jaxmoe from "
+        f"source with nvcc and -C cmake.define.{build_option(row.family)}"
     )
+
+
+def build_option(family: str) -> str:
+    """The CMake definition that builds a GPU family's library."""
+    real = family.removesuffix(EMULATED)
+    return f"JAXMOE_CUDA_FAMILIES={family}" if real == family else f"JAXMOE_EMULATE={real}"
 
 
 def _features(row: Row, problem: Problem, target: Target, table: Sequence[Row]) -> str | None:
@@ -211,7 +218,7 @@ _REQUIREMENTS: tuple[tuple[Reason | None, _Requirement], ...] = (
 
 
 def reject(
-    row: Row, problem: Problem, target: Target, table: Sequence[Row]
+    row: Row, problem: Problem, target: Target, table: Sequence[Row], by_auto: bool = False
 ) -> tuple[Reason, str] | None:
     """The first requirement that fails, or None where the row can run the problem."""
     for reason, requirement in _REQUIREMENTS:
@@ -221,4 +228,9 @@ def reject(
                 assert row.never is not None
                 reason = row.never[0]
             return reason, detail
+    if by_auto and row.only_by_name:
+        return (
+            Reason.ONLY_BY_NAME,
+            f"AUTO never takes it, since {row.only_by_name}: pass implementation={row.variant!r}",
+        )
     return None

@@ -35,6 +35,7 @@ class Resolution:
       degraded_from: the declared arithmetic where `compute` is another (always a more accurate
         one), else None.
       selected_by: `auto`, `request` or `failed`.
+      input_scales: what the variant does with the weights' static input scales; "" without them.
       evidence: how the variant's numbers were checked, with the record.
       alternatives: variants that could run it too, best first.
       rejected: every other variant considered, with its reason.
@@ -54,6 +55,7 @@ class Resolution:
     degraded_from: str | None
     selected_by: str
     evidence: str = ""
+    input_scales: str = ""
     alternatives: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     hint: str = ""
@@ -84,6 +86,8 @@ class Resolution:
                     f"evidence: {self.evidence})",
                 )
             )
+        if self.input_scales:
+            lines.append(("scales", f"static input scales: {self.input_scales}"))
         if self.tactic_by:
             lines.append(("tactic", f"{self.tactic or 'default'}: {self.tactic_by}"))
         if self.degraded_from:

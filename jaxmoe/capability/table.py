@@ -43,8 +43,8 @@ ACTIVATIONS = frozenset(
     }
 )
 
-# GPU families whose library can be built (CMakeLists.txt refuses the others by name).
-WRITTEN_FAMILIES = frozenset({"sm80", "sm90"})
+# What the names of a variant and of a library end with whose instructions are emulated.
+EMULATED = "_emulated"
 
 # SMs that the project knows, with or without a row. All others (107, 110, 130, ...) are refused
 # by name.
@@ -106,6 +106,7 @@ class Reason(enum.Enum):
     SM_UNSUPPORTED = "sm_unsupported"
     INSTRUCTION_MISSING = "instruction_missing"
     NOT_IN_JAXMOE = "not_in_jaxmoe"
+    ONLY_BY_NAME = "only_by_name"
     OP_UNSUPPORTED = "op_unsupported"
     FORMAT_UNSUPPORTED = "format_unsupported"
     COMPUTE_UNSUPPORTED = "compute_unsupported"
@@ -141,10 +142,14 @@ class Row:
       smem_bytes: most shared memory that one of its kernels takes, or None.
       features: CPU features that it needs.
       layout: the layout of prepared weights that it reads.
+      input_scales: whether it quantises activations by the static scales of `ExpertWeights` where
+        they are given; other rows ignore those.
       other_formats: why it takes no other weight format, for the refusal of one.
       deterministic: whether the same inputs give the same bits.
       evidence: `hardware`, `emulated`, `compiled` or `none`: how its numbers were checked.
       record: where the evidence is written down.
+      only_by_name: why nothing but its own name selects it, neither AUTO nor the name of a family
+        or provider; "" where they do.
       never: for a row with no kernel behind it, the reason and the sentence to answer with.
     """
 
@@ -166,9 +171,11 @@ class Row:
     max_experts: int | None = None
     smem_bytes: int | None = None
     features: frozenset[str] = frozenset()
+    input_scales: bool = False
     deterministic: bool = True
     evidence: str = "none"
     record: str = ""
+    only_by_name: str = ""
     never: tuple[Reason, str] | None = None
 
     @property
@@ -181,8 +188,10 @@ class Row:
         return tuple(c for c in COMPUTE[weight_format] if (weight_format, c) in self.arithmetic)
 
     @property
-    def names(self) -> tuple[str, str, str]:
+    def names(self) -> tuple[str, ...]:
         """The names by which `implementation` can ask for it."""
+        if self.only_by_name:
+            return (self.variant,)
         return (self.variant, self.provider, self.family)
 
 
@@ -195,37 +204,53 @@ _AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c
 _W4A16 = _arithmetic("w4a16", "nvfp4", "mxfp4")
 
 
-def _sm120(variant: str, arithmetic: frozenset[tuple[str, str]], operands: str, smem: int) -> Row:
-    return Row(
-        variant=variant,
-        provider="cutlass",
-        family="sm120",
-        platform="cuda",
-        sms=frozenset({120, 121}),
-        arithmetic=arithmetic,
-        operands=operands,
-        activation_dtypes=_HALF,
-        # CUTLASS grouped GEMM with device-side shapes checks nothing itself: TMA rows of FP4 need
-        # K % 32, 16-byte rows of the bf16 output need N % 8.
-        alignment=(32, 8),
-        smem_bytes=smem,
-        layout="scale128x4",
-    )
+_W4A4, _W4A8 = _arithmetic("w4a4", "nvfp4"), _arithmetic("w4a8", "mxfp4")
+_QUANTISED = (("w4a4", _W4A4, "NVFP4 × NVFP4"), ("w4a8", _W4A8, "MXFP4 × MXFP8"))
+_LAYOUT = "block_scaled_128x4"
+
+# The handlers of the Hopper library do not take static input scales.
+_SM90_INPUT_SCALES = False
 
 
-def _sm100(variant: str, arithmetic: frozenset[tuple[str, str]], operands: str) -> Row:
-    return Row(
-        variant=variant,
-        provider="cutlass",
-        family="sm100",
-        platform="cuda",
-        sms=frozenset({100, 103}),
-        arithmetic=arithmetic,
-        operands=operands,
-        activation_dtypes=_HALF,
-        alignment=(32, 8),
-        smem_bytes=227328,  # 2SM 256x256x256, four stages
-        layout="scale128x4",
+def _block_scaled(family: str, sms: tuple[int, ...], smem_bytes: tuple[int, int]) -> list[Row]:
+    """The two variants of a Blackwell family."""
+    return [
+        Row(
+            variant=f"{family}_{compute}",
+            provider="cutlass",
+            family=family,
+            platform="cuda",
+            sms=frozenset(sms),
+            arithmetic=arithmetic,
+            operands=f"{formats}, block-scaled MMA",
+            other_formats=f"its matrix instruction multiplies {formats} alone",
+            activation_dtypes=frozenset({"bfloat16"}),
+            any_result=False,
+            # CUTLASS grouped GEMM with device-side shapes checks nothing itself: TMA rows of FP4
+            # are multiples of 16 bytes, of 32 where FP4 is spread over bytes beside FP8; 16-byte
+            # rows of the bf16 output need N % 8.
+            alignment=(k, 8),
+            max_experts=1024,
+            smem_bytes=smem,
+            layout=_LAYOUT,
+            input_scales=True,
+            evidence="compiled",
+        )
+        for (compute, arithmetic, formats), smem, k in zip(
+            _QUANTISED, smem_bytes, (32, 64), strict=True
+        )
+    ]
+
+
+def _emulated(row: Row) -> Row:
+    """The same kernel on Hopper."""
+    return dataclasses.replace(
+        row,
+        variant=row.variant + EMULATED,
+        family=row.family + EMULATED,
+        sms=frozenset({90}),
+        operands=f"{row.operands}, emulated on Hopper",
+        only_by_name="it emulates another GPU's matrix instructions, to test its kernels",
     )
 
 
@@ -285,14 +310,16 @@ def _elsewhere(variant: str, arithmetic: frozenset[tuple[str, str]], sentence: s
     )
 
 
+_BLACKWELL = (
+    *_block_scaled("sm120", (120, 121), (97280, 98304)),
+    *_block_scaled("sm100", (100, 103), (227328, 227328)),  # 2SM 256x256x256, four stages
+)
+
 TABLE: tuple[Row, ...] = (
-    _sm120("sm120_w4a4", _arithmetic("w4a4", "nvfp4"), "NVFP4 × NVFP4, block-scaled MMA", 97280),
-    _sm120("sm120_w4a8", _arithmetic("w4a8", "mxfp4"), "MXFP4 × MXFP8, block-scaled MMA", 98304),
-    _sm100("sm100_w4a4", _arithmetic("w4a4", "nvfp4"), "NVFP4 × NVFP4, tcgen05 block-scaled MMA"),
-    _sm100("sm100_w4a8", _arithmetic("w4a8", "mxfp4"), "MXFP4 × MXFP8, tcgen05 block-scaled MMA"),
+    *_BLACKWELL,
     _sm90(
         "sm90_w4a8",
-        _arithmetic("w4a8", "mxfp4"),
+        _W4A8,
         "MXFP4 × FP8 (e4m3, a power of two for each row), wgmma",
         layout="sm90_fragment_fp8",
         other_formats=(
@@ -301,6 +328,7 @@ TABLE: tuple[Row, ...] = (
         ),
         max_experts=1024,
         smem_bytes=231528,
+        input_scales=_SM90_INPUT_SCALES,
         evidence="compiled",
     ),
     _sm90(
@@ -330,13 +358,13 @@ TABLE: tuple[Row, ...] = (
     ),
     _elsewhere(
         "trtllm_gen",
-        _arithmetic("w4a4", "nvfp4") | _arithmetic("w4a8", "mxfp4") | _arithmetic("w4a16", "mxfp4"),
+        _W4A4 | _W4A8 | _arithmetic("w4a16", "mxfp4"),
         "trtllm-gen FP4 MoE kernels are SM 100 and 103 only (tcgen05 cubins of TensorRT-LLM), and "
         "jaxmoe ships none of them; its own kernels there are sm100_w4a4 and sm100_w4a8",
     ),
     _elsewhere(
         "cute_dsl",
-        _arithmetic("w4a4", "nvfp4"),
+        _W4A4,
         "CuTe DSL FP4 MoE kernels are SM 100 and 103 only (tcgen05), and jaxmoe ships none of "
         "them; its own kernels there are sm100_w4a4 and sm100_w4a8",
     ),
@@ -356,15 +384,16 @@ TABLE: tuple[Row, ...] = (
         family="sm120",
         platform="cuda",
         sms=frozenset({120, 121}),
-        arithmetic=_arithmetic("w4a4", "nvfp4") | _arithmetic("w4a8", "mxfp4"),
+        arithmetic=_W4A4 | _W4A8,
         operands="block-scaled MMA",
-        layout="scale128x4",
+        layout=_LAYOUT,
         never=(
             Reason.INSTRUCTION_MISSING,
             "a build for plain sm_120 has no block-scaled MMA (ptxas rejects it): the family "
             "target sm_120f has, which sm120_w4a4 and sm120_w4a8 are built for",
         ),
     ),
+    *map(_emulated, _BLACKWELL),
     _cpu(
         "cpu_amx",
         _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
@@ -385,6 +414,25 @@ TABLE: tuple[Row, ...] = (
         "f32 lanes, AVX2 FMA",
     ),
     _cpu("cpu_portable", frozenset(), ("bfloat16", "float32"), "f32, plain C++"),
+    *(
+        Row(
+            variant=f"xla_{compute}",
+            provider="xla",
+            family="xla",
+            platform=None,
+            arithmetic=arithmetic,
+            operands=f"{formats}, weights and rows dequantised, XLA dot",
+            activation_dtypes=frozenset({"bfloat16", "float16", "float32"}),
+            activations=None,
+            alignment=(32, 1),
+            layout="canonical",
+            input_scales=True,
+            evidence="hardware",
+            record="docs/accuracy.md",
+            only_by_name="it is for trying this arithmetic anywhere, and slower than W4A16",
+        )
+        for compute, arithmetic, formats in _QUANTISED
+    ),
     Row(
         variant="xla",
         provider="xla",

@@ -169,11 +169,26 @@ def explain(
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(
+    json: Json = False,
+    evidence: Annotated[
+        Path | None,
+        Option(
+            help="Run more: many problems and a short benchmark of every kernel that this machine "
+            "has; write what came of it to this JSON file, to attach to a report.",
+            dir_okay=False,
+        ),
+    ] = None,
+) -> None:
     """Report versions, what is built and what this machine can run, and test every kernel here.
 
     Exits with 1 if a check fails.
     """
+    if evidence is not None:
+        from jaxmoe.cli._evidence import evidence as collect
+
+        collect(evidence)
+        return
     from jaxmoe.cli._doctor import doctor as command
 
     command(as_json=json)

@@ -20,10 +20,12 @@ from jaxmoe import kernels
 from jaxmoe.benchmark.data import distance, random_experts, random_tokens, reference
 from jaxmoe.benchmark.layers import TINY
 from jaxmoe.capability import TABLE, Problem, Row, check_manifest
+from jaxmoe.capability.requirements import build_option
 from jaxmoe.cli._console import out, say, table
 from jaxmoe.cli._explain import find_target, try_resolve
 from jaxmoe.experts import ExpertWeights
-from jaxmoe.kernels import cpu, panel
+from jaxmoe.kernels import cpu, judge, panel
+from jaxmoe.kernels.xla import MlpConfig
 
 PACKAGES = ("jax", "jaxlib", "numpy", "ml_dtypes", "flax", "safetensors", "typer", "rich")
 
@@ -90,7 +92,8 @@ def _cuda_libraries() -> list[str]:
     built = kernels.installation()["built"]
     families: dict[str, list[str]] = {}
     for row in _native_rows("cuda"):
-        families.setdefault(row.family, []).extend({row.variant} & built)
+        if row.variant in built or not row.only_by_name:  # the latter are in no wheel
+            families.setdefault(row.family, []).extend({row.variant} & built)
     sentences = [
         f"CUDA: the library jaxmoe._{family} is built, with {', '.join(variants)}."
         for family, variants in families.items()
@@ -98,16 +101,10 @@ def _cuda_libraries() -> list[str]:
     ]
     absent = [family for family, variants in families.items() if not variants]
     if absent:
-        asked = " or ".join(family for family in absent if family in kernels.FAMILIES)
-        way_out = (
-            f"{asked} is built where it is asked for, with nvcc and -C "
-            f"cmake.define.JAXMOE_CUDA_FAMILIES={asked}"
-            if asked
-            else "this version has no kernels for them"
-        )
         sentences.append(
-            f"CUDA: the families {', '.join(absent)} are not in this build ({way_out}); GPUs of "
-            "theirs run the xla kernels."
+            f"CUDA: the families {', '.join(absent)} are not in this build (each is built where it "
+            f"is asked for, with nvcc and -C cmake.define.{build_option(absent[0])}); GPUs of "
+            "theirs run other families' kernels, or xla's."
         )
     return sentences
 
@@ -160,7 +157,7 @@ def _attempt(name: str, check: Callable[[Row], tuple[bool | None, str]], row: Ro
         return Check(name, False, f"{type(error).__name__}: {error}")
 
 
-def _obstacle(row: Row) -> str:
+def obstacle(row: Row) -> str:
     """Why this machine cannot run a variant, or ""."""
     problem = _problem(row)
     # Built and tested or not is what the checks find out; here the machine alone counts.
@@ -189,16 +186,18 @@ def _problem(row: Row) -> Problem:
 
 
 def _self_test(row: Row) -> tuple[bool | None, str]:
-    if obstacle := _obstacle(row):
-        return None, obstacle
+    if why := obstacle(row):
+        return None, why
     why = kernels.FAMILIES[row.family].self_test(row.variant)
     return not why, why or "passed"
 
 
 def _numbers(row: Row) -> tuple[bool | None, str]:
     """Both formats and all dtypes, decode and a small batch, against float64 and against xla."""
-    if obstacle := _obstacle(row):
-        return None, obstacle
+    if why := obstacle(row):
+        return None, why
+    if row.only_by_name:
+        return _own_numbers(row)
     worst: dict[str, float] = {}
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         for weight_format in ("nvfp4", "mxfp4"):
@@ -214,6 +213,20 @@ def _numbers(row: Row) -> tuple[bool | None, str]:
         f"{dtype} {error:.1e} (at most {TOLERANCE[dtype]:.0e})" for dtype, error in worst.items()
     )
     return right, f"relative error against float64 and xla: {text}"
+
+
+def _own_numbers(row: Row) -> tuple[bool, str]:
+    """A variant that quantises activations, against float64 that does the same."""
+    (weight_format,) = row.weight_formats
+    run = kernels.implementation(row.variant)
+
+    def jitted(config: MlpConfig, variant: str, *operands: Any) -> jax.Array:
+        return jax.jit(functools.partial(run, config, variant))(*operands)
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        off = judge.error(row, weight_format, judge.TINY, jitted)
+    text = f"relative error against float64 with the same roundings: {off:.1e}"
+    return not judge.verdict(off, weight_format), f"{text} (at most {judge.TOLERANCE:.0e})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,6 +108,8 @@ def _print(console: Console, r: Resolution) -> None:
         )
         selected = f"{r.selected} as {r.compute}, by {how} (evidence: {r.evidence})"
     say(console, f"{r.target}: {selected}", "bold green" if r.selected else "bold red")
+    if r.input_scales:
+        say(console, f"static input scales: {r.input_scales}")
     if r.tactic_by:
         say(console, f"tactic {r.tactic or 'default'}: {r.tactic_by}")
     if r.degraded_from:
@@ -132,7 +134,11 @@ def _summary(resolutions: Sequence[Resolution]) -> Any:
 
 def _why_not_native(r: Resolution) -> str:
     """The reasons of the kernels made for this SM or platform; where there are none, why."""
-    native = {row.variant for row in TABLE if row.platform is not None and row.never is None}
+    native = {
+        row.variant
+        for row in TABLE
+        if row.platform is not None and row.never is None and not row.only_by_name
+    }
     if r.selected in native:
         return ""
     rejected = [rejection for rejection in r.rejected if rejection.variant in native]

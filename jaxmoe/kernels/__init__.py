@@ -1,17 +1,16 @@
 """Kernels: one module per family behind one dispatch.
 
-To add a family: write `kernels/<family>.py` with `moe_mlp` and `grouped_matmul` of the signatures
-in `kernels/cpu.py` (and a keyword `tactic` where its manifest lists tactics), add its layout to
-`layouts.LAYOUTS` and itself to `FAMILIES`, and its rows to the capability table. Nothing else asks
-which family a variant belongs to.
+To add a GPU family: add its rows to the capability table, its layout to `layouts.LAYOUTS`, and what
+its kernels round to `judge` where no other family rounds that. Nothing else asks which family a
+variant belongs to.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from types import MappingProxyType, ModuleType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,11 +18,12 @@ import jax
 from jaxmoe import capability, tuning
 from jaxmoe.capability import TABLE, Problem, Resolution, Row
 from jaxmoe.experts import CANONICAL, ExpertWeights, PreparedMatrix, format_of, is_plain
-from jaxmoe.kernels import cpu, layouts, sm80, sm90, xla
+from jaxmoe.kernels import cpu, layouts, xla
+from jaxmoe.kernels.gpu import GPU_FAMILIES
 from jaxmoe.kernels.xla import MlpConfig
 from jaxmoe.quantization import QuantizedTensor
 
-FAMILIES: Mapping[str, ModuleType] = MappingProxyType({"cpu": cpu, "sm80": sm80, "sm90": sm90})
+FAMILIES: Mapping[str, Any] = MappingProxyType({"cpu": cpu, **GPU_FAMILIES})
 _ROWS: Mapping[str, Row] = MappingProxyType({row.variant: row for row in TABLE})
 _disqualified: dict[str, str] = {}
 
@@ -117,6 +117,7 @@ def layout_for(
         intermediate_size=w.shape[1 if grouped else 2],
         num_experts=w.shape[0],
         top_k=1,
+        declared_compute=(experts.declared_compute if isinstance(experts, ExpertWeights) else None),
     )
     return _ROWS[select(problem, variant).variant].layout
 
@@ -157,10 +158,18 @@ def lay_out(weights: Any, resolution: Resolution, gated: bool) -> Any:
 
 def moe_mlp(key: tuning.Key, config: MlpConfig, x: jax.Array, *operands: Any) -> jax.Array:
     """Runs `key.variant` by its tactic for this T; the operands are those of `xla.moe_mlp`."""
-    family, attributes = _ROWS[key.variant].family, _attributes(key, x)
-    if family in FAMILIES:
-        return FAMILIES[family].moe_mlp(config, key.variant, x, *operands, **attributes)
-    return xla.moe_mlp(config, x, *operands)
+    run = implementation(key.variant)
+    return run(config, key.variant, x, *operands, **_attributes(key, x))
+
+
+def implementation(variant: str) -> Callable[..., jax.Array]:
+    """What runs a variant: `f(config, variant, x, *operands, **attributes)`, see `moe_mlp`."""
+    family = _ROWS[variant].family
+    return FAMILIES[family].moe_mlp if family in FAMILIES else _xla_moe_mlp
+
+
+def _xla_moe_mlp(config: MlpConfig, variant: str, *operands: Any) -> jax.Array:
+    return xla.moe_mlp(config, *operands, quantised=_quantised(variant))
 
 
 def grouped_matmul(key: tuning.Key, x: jax.Array, *operands: Any) -> jax.Array:
@@ -168,7 +177,13 @@ def grouped_matmul(key: tuning.Key, x: jax.Array, *operands: Any) -> jax.Array:
     family, attributes = _ROWS[key.variant].family, _attributes(key, x)
     if family in FAMILIES:
         return FAMILIES[family].grouped_matmul(key.variant, x, *operands, **attributes)
-    return xla.grouped_matmul(x, *operands)
+    return xla.grouped_matmul(x, *operands, quantised=_quantised(key.variant))
+
+
+def _quantised(variant: str) -> str | None:
+    """By which arithmetic an xla variant quantises activations; None if it does not."""
+    ((_, compute), *others) = _ROWS[variant].arithmetic
+    return None if others else compute
 
 
 def _attributes(key: tuning.Key, x: jax.Array) -> dict[str, str]:

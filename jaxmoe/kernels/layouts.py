@@ -8,11 +8,11 @@ from types import MappingProxyType, ModuleType
 import jax
 
 from jaxmoe.experts import PreparedMatrix
-from jaxmoe.kernels import fragment, fragment_fp8, panel
+from jaxmoe.kernels import block_scaled, fragment, fragment_fp8, panel
 from jaxmoe.quantization import QuantizedTensor
 
 LAYOUTS: Mapping[str, ModuleType] = MappingProxyType(
-    {module.NAME: module for module in (panel, fragment, fragment_fp8)}
+    {module.NAME: module for module in (panel, fragment, fragment_fp8, block_scaled)}
 )
 
 

@@ -39,9 +39,9 @@ def register(library: Library, platform: str, backend: str | None) -> ModuleType
     return module
 
 
-def _bias(bias: jax.Array | None) -> jax.Array:
-    """The C++ side reads an array without elements as "no bias"."""
-    return jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32)
+def _optional(a: jax.Array | None) -> jax.Array:
+    """The C++ side reads an array without elements as "none"."""
+    return jnp.zeros(0, jnp.float32) if a is None else jnp.atleast_1d(a).astype(jnp.float32)
 
 
 def _call(
@@ -64,6 +64,8 @@ def moe_mlp(
     weights: jax.Array,
     params: jax.Array,
     expert_offset: jax.Array,
+    *,
+    input_scales: bool = False,
     **attrs: Any,
 ) -> jax.Array:
     """One custom call for the whole expert MLP; see `jaxmoe.moe_mlp`.
@@ -79,6 +81,7 @@ def moe_mlp(
       weights: as in `xla.moe_mlp`.
       params: as in `xla.moe_mlp`.
       expert_offset: as in `xla.moe_mlp`.
+      input_scales: whether the library's handlers take static input scales.
       **attrs: the library's own attributes.
     """
     assert isinstance(experts.gate_up, PreparedMatrix)
@@ -86,6 +89,7 @@ def moe_mlp(
     t, k = expert_ids.shape
     if t * k == 0:
         return jnp.zeros_like(x)
+    scales = (experts.gate_up_input_scale, experts.down_input_scale) if input_scales else ()
     workspace = module.workspace_bytes(
         "moe_mlp",
         tokens=t,
@@ -106,9 +110,10 @@ def moe_mlp(
         experts.gate_up.global_scale,
         experts.down.data,
         experts.down.global_scale,
-        _bias(experts.gate_up_bias),
-        _bias(experts.down_bias),
+        _optional(experts.gate_up_bias),
+        _optional(experts.down_bias),
         params,
+        *map(_optional, scales),
         expert_ids,
         weights.astype(jnp.float32),
         expert_offset,
@@ -130,8 +135,11 @@ def grouped_matmul(
     w: PreparedMatrix,
     group_sizes: jax.Array,
     bias: jax.Array | None,
+    input_scale: jax.Array | None,
     group_offset: jax.Array,
     out_dtype: Any,
+    *,
+    input_scales: bool = False,
     **attrs: Any,
 ) -> jax.Array:
     """One custom call for the grouped product; see `jaxmoe.grouped_matmul` and `moe_mlp` here."""
@@ -155,7 +163,8 @@ def grouped_matmul(
         x,
         w.data,
         w.global_scale,
-        _bias(bias),
+        _optional(bias),
+        *([_optional(input_scale)] if input_scales else []),
         group_sizes,
         group_offset,
         variant=variant,

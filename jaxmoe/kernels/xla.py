@@ -3,11 +3,15 @@
 Rows are sorted by expert and cut into blocks (`blocks.py`); a loop over the blocks in use
 dequantises a few experts at a time. Work is proportional to the rows, not to rows times experts,
 and at no time are all dequantised experts in memory.
+
+Given the name of an arithmetic in `operands.OPERANDS`, the rows are quantised as the block-scaled
+kernels do, for its numbers and not for speed; gradients are those of W4A16 all the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +20,7 @@ import jax.numpy as jnp
 from jaxmoe.activations import Activation
 from jaxmoe.experts import ExpertWeights, Matrix, PreparedMatrix, is_plain
 from jaxmoe.kernels import blocks as blk
-from jaxmoe.kernels import layouts
+from jaxmoe.kernels import layouts, operands
 from jaxmoe.quantization import QuantizedTensor, dequantize
 
 
@@ -53,13 +57,36 @@ def _step_weights(
     return *_dequantize(experts.gate_up, expert, dtype), *_dequantize(experts.down, expert, dtype)
 
 
-def _product(a: jax.Array, w: jax.Array, factor: jax.Array) -> jax.Array:
-    """`a[C, B, K] @ w[C, N, K].T * factor[C]` with float32 accumulation."""
-    y = jnp.einsum("cbk,cnk->cbn", a, w, precision="highest", preferred_element_type=jnp.float32)
-    return y * factor[:, None, None]
+def _sums(a: jax.Array, w: jax.Array) -> jax.Array:
+    """`a[C, B, K] @ w[C, N, K].T` with float32 accumulation."""
+    return jnp.einsum("cbk,cnk->cbn", a, w, precision="highest", preferred_element_type=jnp.float32)
 
 
-def _compute_dtype(x: jax.Array) -> Any:
+Quantiser = Callable[[jax.Array], operands.Operand]
+
+
+def _quantiser(quantised: str | None, input_scale: jax.Array | None) -> Quantiser | None:
+    if quantised is None:
+        return None
+    rule, scale = operands.OPERANDS[quantised], input_scale
+    if scale is not None:
+        scale = jnp.asarray(scale, jnp.float32)
+    return lambda a: rule(a.astype(jnp.float32), scale)
+
+
+def _product(
+    a: jax.Array, w: jax.Array, factor: jax.Array, quantise: Quantiser | None = None
+) -> jax.Array:
+    """`a[C, B, K] @ w[C, N, K].T * factor[C]` in float32."""
+    if quantise is None:
+        return _sums(a.astype(w.dtype), w) * factor[:, None, None]
+    values, of_row = quantise(a)
+    return operands.round_sums(_sums(values, w)) * (factor[:, None, None] * of_row)
+
+
+def _compute_dtype(x: jax.Array, quantised: str | None = None) -> Any:
+    if quantised is not None:
+        return jnp.bfloat16  # in which all block-scaled values are exact
     return x.dtype if x.dtype in (jnp.bfloat16, jnp.float16) else jnp.float32
 
 
@@ -74,21 +101,28 @@ def _mlp_rows(
     b1: jax.Array | None,
     b2: jax.Array | None,
     params: jax.Array,
+    q1: Quantiser | None = None,
+    q2: Quantiser | None = None,
 ) -> jax.Array:
     """The expert MLP of one step: `x[C, B, H]`, routing weight `[C, B]` -> `f32[C, B, H]`."""
-    dtype = x.dtype
     if config.weight_on_input:
-        x = (x.astype(jnp.float32) * weight[..., None]).astype(dtype)
-    a = _product(x, w1, f1)
+        weighted = x.astype(jnp.float32) * weight[..., None]
+        x = weighted.astype(x.dtype) if q1 is None else weighted
+    a = _product(x, w1, f1, q1)
     if b1 is not None:
         a = a + b1[:, None, :]
     p = [params[i, :, None, None] for i in range(params.shape[0])]
     parts = jnp.split(a, 2, axis=-1) if config.activation.gated else [a]
     h = config.activation.formula(*parts, *p)
-    y = _product(h.astype(dtype), w2, f2)
+    y = _product(h, w2, f2, q2)
     if b2 is not None:
         y = y + b2[:, None, :]
     return y if config.weight_on_input else y * weight[..., None]
+
+
+def _tokens(x: jax.Array, token: jax.Array) -> jax.Array:
+    """Tokens in the dtype in which they are multiplied by a routing weight."""
+    return blk.take_rows(x, token).astype(_compute_dtype(x))
 
 
 def _optional(a: jax.Array | None, expert: jax.Array) -> jax.Array | None:
@@ -108,10 +142,15 @@ def moe_mlp(
     weights: jax.Array,
     params: jax.Array,
     expert_offset: jax.Array,
+    *,
+    quantised: str | None = None,
 ) -> jax.Array:
-    """Sorts, gathers, multiplies, activates, multiplies, combines; see `jaxmoe.moe_mlp`."""
+    """Sorts, gathers, multiplies, activates, multiplies, combines; see `jaxmoe.moe_mlp`.
+
+    `quantised` is a key of `operands.OPERANDS`, or None to read x and h as they are.
+    """
     t, k = expert_ids.shape
-    dtype = _compute_dtype(x)
+    dtype = _compute_dtype(x, quantised)
     work = _work(experts, config.activation.gated)
     blocks = blk.by_expert(expert_ids, experts.num_experts, expert_offset, work)
     flat = weights.reshape(-1).astype(jnp.float32)
@@ -119,12 +158,14 @@ def moe_mlp(
     def body(expert: jax.Array, row: jax.Array, _: None) -> tuple[jax.Array, None]:
         part = _mlp_rows(
             config,
-            blk.take_rows(x, jnp.where(row < t * k, row // k, t)).astype(dtype),
+            _tokens(x, jnp.where(row < t * k, row // k, t)),
             blk.take_rows(flat, row),
             *_step_weights(experts, expert, dtype),
             _optional(experts.gate_up_bias, expert),
             _optional(experts.down_bias, expert),
             params[:, expert],
+            _quantiser(quantised, experts.gate_up_input_scale),
+            _quantiser(quantised, experts.down_input_scale),
         )
         return part, None
 
@@ -230,18 +271,22 @@ def grouped_matmul(
     w: Matrix,
     group_sizes: jax.Array,
     bias: jax.Array | None,
+    input_scale: jax.Array | None,
     group_offset: jax.Array,
     out_dtype: Any,
+    *,
+    quantised: str | None = None,
 ) -> jax.Array:
     """Product of each group's rows with its expert's matrix; see `jaxmoe.grouped_matmul`."""
     e, n, k = w.shape
-    dtype = _compute_dtype(x)
+    dtype = _compute_dtype(x, quantised)
     blocks = blk.by_group(
         group_sizes, e, group_offset, x.shape[0], blk.Work(4 * n * k, not is_plain(w))
     )
 
     def body(expert: jax.Array, row: jax.Array, _: None) -> tuple[jax.Array, None]:
-        part = _product(blk.take_rows(x, row).astype(dtype), *_dequantize(w, expert, dtype))
+        weights = _dequantize(w, expert, dtype)
+        part = _product(blk.take_rows(x, row), *weights, _quantiser(quantised, input_scale))
         if bias is not None:
             part = part + bias[expert].astype(jnp.float32)[:, None, :]
         return part, None

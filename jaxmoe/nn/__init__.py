@@ -15,6 +15,14 @@ except ModuleNotFoundError as error:
 from jaxmoe.nn._convert import prepare, quantize
 from jaxmoe.nn._linen import LinenMoE
 from jaxmoe.nn._moe import MoE
-from jaxmoe.nn._variables import CorrectionBias, QuantizedParam
+from jaxmoe.nn._variables import CorrectionBias, InputScale, QuantizedParam
 
-__all__ = ["CorrectionBias", "LinenMoE", "MoE", "QuantizedParam", "prepare", "quantize"]
+__all__ = [
+    "CorrectionBias",
+    "InputScale",
+    "LinenMoE",
+    "MoE",
+    "QuantizedParam",
+    "prepare",
+    "quantize",
+]

@@ -51,6 +51,8 @@ class LinenMoE(linen.Module):
     shared_experts: int = 0
     weight_format: str | Format = BF16
     compute: str = "auto"
+    declared_compute: str | None = None
+    input_scales: bool = False
     qat: str | Format | None = None
     implementation: str | Sequence[str] | None = None
     dtype: Any = None

@@ -18,7 +18,7 @@ from jaxmoe.experts import CANONICAL, ExpertWeights, PreparedMatrix
 from jaxmoe.experts import prepare as prepare_experts
 from jaxmoe.formats import BF16, Format, get_format
 from jaxmoe.nn import _convert
-from jaxmoe.nn._variables import CorrectionBias, array, frozen, metadata, value
+from jaxmoe.nn._variables import CorrectionBias, InputScale, array, frozen, metadata, value
 from jaxmoe.quantization import fake_quantize
 from jaxmoe.quantization import quantize as quantize_array
 
@@ -55,6 +55,7 @@ class MoE(nnx.Module):
     | `gate_up` | `[E, 2I, H]`, gate rows first | `nnx.Param`, or `QuantizedParam` |
     | `down` | `[E, H, I]` | as `gate_up` |
     | `gate_up_bias`, `down_bias` | `[E, 2I]`, `[E, H]` | `nnx.Param`, or None |
+    | `gate_up_input_scale`, `down_input_scale` | `f32[]` | `InputScale`, or None |
     | `shared_gate_up`, `shared_down` | `[2nI, H]`, `[H, nI]` | `nnx.Param`, or None |
 
     An activation without gate halves the rows: I in place of 2I.
@@ -80,6 +81,10 @@ class MoE(nnx.Module):
         weight_format: "bf16" for trainable experts stored in `param_dtype`; "nvfp4", "mxfp4" (or
             "mxfp8", "fp8") for frozen ones.
         compute: arithmetic of the expert products: "auto", "w4a16", "w4a8", "w4a4"; see `moe_mlp`.
+        declared_compute: the arithmetic that the weights were made for, which `compute="auto"`
+            takes where the target has it; None for the most accurate.
+        input_scales: whether activations have static scales, to be set from a checkpoint; ones at
+            first. See `ExpertWeights`.
         qat: name of a format for quantisation-aware training: the forward pass sees the experts'
             weights rounded to it, gradients pass straight through.
         implementation: kernel variant or provider, or a sequence of them; None selects the best.
@@ -115,6 +120,8 @@ class MoE(nnx.Module):
         shared_experts: int = 0,
         weight_format: str | Format = BF16,
         compute: str = "auto",
+        declared_compute: str | None = None,
+        input_scales: bool = False,
         qat: str | Format | None = None,
         implementation: str | Sequence[str] | None = None,
         dtype: Any = None,
@@ -152,6 +159,7 @@ class MoE(nnx.Module):
         self.weight_format = get_format(weight_format).name
         self.qat = None if qat is None else get_format(qat).name
         self.compute = compute
+        self.declared_compute = declared_compute
         self.implementation = (
             implementation
             if implementation is None or isinstance(implementation, str)
@@ -201,6 +209,14 @@ class MoE(nnx.Module):
         self.down = experts((i, h), "ehi")
         self.gate_up_bias = bias((e, halves * i), "ei") if use_bias else nnx.data(None)
         self.down_bias = bias((e, h), "eh") if use_bias else nnx.data(None)
+
+        def input_scale() -> Any:
+            if not input_scales:
+                return nnx.data(None)
+            return InputScale(jnp.float32(1), **metadata(kernel_axes, {}, ""))
+
+        self.gate_up_input_scale = input_scale()
+        self.down_input_scale = input_scale()
         if shared_experts and any(jnp.ndim(p) for p in dataclasses.astuple(activation)):
             raise ValueError(
                 "activation must have uniform parameters when shared_experts > 0, got one with a "
@@ -287,7 +303,18 @@ class MoE(nnx.Module):
         gate_up, down = value(self.gate_up), value(self.down)
         if self.qat is not None:
             gate_up, down = fake_quantize(gate_up, self.qat), fake_quantize(down, self.qat)
-        return ExpertWeights(gate_up, down, array(self.gate_up_bias), array(self.down_bias))
+        return self._experts(gate_up, down)
+
+    def _experts(self, gate_up: Any, down: Any) -> ExpertWeights:
+        return ExpertWeights(
+            gate_up,
+            down,
+            array(self.gate_up_bias),
+            array(self.down_bias),
+            array(self.gate_up_input_scale),
+            array(self.down_input_scale),
+            self.declared_compute,
+        )
 
     def explain(self, dtype: Any = None) -> Resolution:
         """Which kernel this layer runs on the current target, and why no other.
@@ -309,9 +336,7 @@ class MoE(nnx.Module):
         Raises:
             UnsupportedError: `implementation` names only kernels that cannot run this layer.
         """
-        experts = ExpertWeights(
-            value(self.gate_up), value(self.down), array(self.gate_up_bias), array(self.down_bias)
-        )
+        experts = self._experts(value(self.gate_up), value(self.down))
         problem = ops.moe_mlp_problem(
             dtype or self.dtype or jnp.bfloat16,
             jax.eval_shape(
@@ -395,7 +420,13 @@ class MoE(nnx.Module):
                     experts, variant, gated=self.activation.gated, compute=self.compute
                 )
 
-            experts = one_layer(ExpertWeights(value(self.gate_up), value(self.down)))
+            experts = one_layer(
+                ExpertWeights(
+                    value(self.gate_up),
+                    value(self.down),
+                    declared_compute=self.declared_compute,
+                )
+            )
             for name in ("gate_up", "down"):
                 about = getattr(self, name).get_metadata()
                 setattr(self, name, frozen(getattr(experts, name), about))

@@ -42,6 +42,14 @@ class CorrectionBias(nnx.Variable):
     """
 
 
+@nnx.register_variable_name("input_scale")
+class InputScale(nnx.Variable):
+    """Static global scale `f32[]` of what a product reads, for kernels that quantise it.
+
+    Calibrated, not trained: it is not an `nnx.Param`. In Linen it is the collection "input_scale".
+    """
+
+
 def value(variable: nnx.Variable) -> Any:
     """What the variable holds, also where that is a pytree rather than one array."""
     get_value = getattr(variable, "get_value", None)  # Flax 0.12.0 has no such method

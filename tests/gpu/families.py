@@ -10,19 +10,19 @@ from suite import COMPUTE, activation_arrays, prepared, run, run_grouped
 
 import jaxmoe
 from jaxmoe.capability import TABLE
-from jaxmoe.kernels import FAMILIES
+from jaxmoe.kernels import GPU_FAMILIES
 from jaxmoe.kernels.xla import MlpConfig
 
-DTYPES = ("bfloat16", "float16")
 ROWS = {row.variant: row for row in TABLE}
+DTYPES = ("bfloat16", "float16")
 
 # Around the edges of every tile of tokens, and beyond several.
 EDGE_TOKENS = (0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 257)
 
 
 def family(variant):
-    """The module of a variant's kernels."""
-    return FAMILIES[ROWS[variant].family]
+    """The library that holds a variant."""
+    return GPU_FAMILIES[ROWS[variant].family]
 
 
 @functools.cache
@@ -32,9 +32,9 @@ def obstacle(variant):
     if module is None:
         return why
     if variant not in module.manifest()["variants"]:
-        return f"the library that was built has no {variant}"
-    sms = ", ".join(map(str, sorted(ROWS[variant].sms)))
-    return "" if family(variant)._device() is not None else f"needs an NVIDIA GPU of SM {sms}"
+        return f"the library jaxmoe._{ROWS[variant].family} that was built has no {variant}"
+    sms = " or ".join(map(str, sorted(ROWS[variant].sms)))
+    return "" if family(variant).device() is not None else f"needs an NVIDIA GPU of SM {sms}"
 
 
 def tactics(variant):
@@ -94,6 +94,7 @@ def run_grouped_tactic(variant, problem, tactic):
         jaxmoe.prepare(w, variant, compute=COMPUTE.get(variant, "auto")),
         sizes,
         kwargs["bias"],
+        kwargs["input_scale"],
         jnp.int32(kwargs["group_offset"] or 0),
     )
     return np.asarray(y)
@@ -118,10 +119,10 @@ def raw_call(variant, weight_format, problem):
 
 
 def assert_refused(variant, values, attrs, message, workspace=1 << 22):
-    module = family(variant)
-    module._native()
+    library = family(variant)
+    library._native()
     out = jax.ShapeDtypeStruct(values["x"].shape, values["x"].dtype)
     results = (out, jax.ShapeDtypeStruct((workspace,), jnp.uint8))
-    call = jax.ffi.ffi_call(module.MOE_MLP, results)
-    with pytest.raises(Exception, match=rf"moe_mlp \({ROWS[variant].family}\): " + message):
+    call = jax.ffi.ffi_call(library.moe_mlp_target, results)
+    with pytest.raises(Exception, match=rf"moe_mlp \({library.name}\): " + message):
         jax.block_until_ready(call(*map(jnp.asarray, values.values()), **attrs))

@@ -8,11 +8,12 @@ import jaxmoe
 from jaxmoe import kernels, tuning
 from jaxmoe.benchmark import Layer
 from jaxmoe.benchmark.data import random_experts, random_tokens
-from jaxmoe.kernels import sm90
+from jaxmoe.kernels import GPU_FAMILIES
 from jaxmoe.tuning import tables
 
+sm90 = GPU_FAMILIES["sm90"]
 WHY_NOT = sm90.library()[1] or (
-    "" if sm90._device() is not None else "needs an NVIDIA GPU of SM 90 (H100, H200, GH200)"
+    "" if sm90.device() is not None else "needs an NVIDIA GPU of SM 90 (H100, H200, GH200)"
 )
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "runs here")]
 

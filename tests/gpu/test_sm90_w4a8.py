@@ -17,8 +17,9 @@ from problems import ACTIVATIONS, EDGES, GROUPED_EDGES, GroupedSpec, Spec
 from suite import TOLERANCE, assert_matches, assert_same_bits, prepared, relative_l2, run
 
 import jaxmoe
-from jaxmoe.kernels import sm90
+from jaxmoe.kernels import GPU_FAMILIES
 
+sm90 = GPU_FAMILIES["sm90"]
 VARIANT = "sm90_w4a8"
 WHY_NOT = obstacle(VARIANT)
 TACTICS = families.tactics(VARIANT)
