@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "blackwell/arguments.h"
+#include "blackwell/target.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 #include "cutlass/cutlass.h"

@@ -11,7 +11,7 @@ namespace jaxmoe::blackwell {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kHeldNumbers = 64;  // of a thread
+constexpr int kHeldNumbers = 32;  // of a thread
 
 template <int kBlock>
 __device__ __forceinline__ float largest(const float (&v)[kBlock]) {

@@ -17,8 +17,8 @@ CUTE_HOST_DEVICE constexpr auto copied_layout(Layout const& layout) {
   using namespace cute;
   if constexpr (!kSpread) {
     return layout;
-  } else if constexpr (rank_v<Layout> == 2) {
-    return make_layout(layout.shape(), make_stride(size<1>(layout), Int<1>{}));
+  } else if constexpr (rank_v<decltype(layout.shape())> == 2) {
+    return make_layout(make_shape(size<0>(layout), size<1>(layout)), LayoutRight{});
   } else {
     const auto k = size<0, 1>(layout);
     static_assert(size<1>(Layout{}) == 1);
