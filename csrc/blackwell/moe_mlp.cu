@@ -121,7 +121,7 @@ const Tactic* find(Format format, const std::string& name, int64_t rows, int64_t
     if (t->format != format) continue;
     if (!name.empty()) {
       if (name == t->name) return t;
-    } else if (!found || found->tokens < mean) {
+    } else if (!found || (found->tokens < mean && found->tokens < t->tokens)) {
       found = t;
     }
   }
