@@ -134,6 +134,16 @@ def sm120(cutlass: pathlib.Path) -> list[Header]:
 
 
 def sm100(cutlass: pathlib.Path) -> list[Header]:
+    # A kernel with another instruction that is not emulated does not compile: the assembler names
+    # the function.
+    config = Header(cutlass, "cute/config.hpp")
+    config.replace(
+        r"#if defined\(__CUDA_ARCH__\)\n#  define CUTE_INVALID_CONTROL_PATH\(x\) [^\n]*",
+        "#if defined(__CUDA_ARCH__)\n"
+        "extern __device__ void an_instruction_is_not_emulated();\n"
+        "#  define CUTE_INVALID_CONTROL_PATH(x) an_instruction_is_not_emulated()",
+        1,
+    )
     memory = Header(cutlass, "cute/arch/tmem_allocator_sm100.hpp")
     memory.include("emulation/tcgen05.hpp")
     memory.body("class Allocator1Sm", "allocate", "jaxmoe::emulation::tensor_allocate(dst_ptr);")
@@ -147,14 +157,22 @@ def sm100(cutlass: pathlib.Path) -> list[Header]:
         "copy",
         "jaxmoe::emulation::tensor_copy_scales(src_addr, dst_addr);",
     )
-    for words in (1, 2, 4, 8, 16, 32, 64, 128):
-        loads = (f"jaxmoe::emulation::tensor_load(src_addr, {i})" for i in range(words))
-        names = (f"dst{i:0{len(str(words - 1))}}" for i in range(words))
-        copy.body(
-            f"struct SM100_TMEM_LOAD_32dp32b{words}x",
-            "copy",
-            "\n".join(f"{name} = {load};" for name, load in zip(names, loads, strict=True)),
-        )
+    # Loads by the name of their shape, the words that a lane gets of one repetition, and the most
+    # repetitions: 32 lanes of one word, 16 lanes of eight.
+    for shape, words, most in (("32dp32b", 1, 128), ("16dp256b", 4, 32)):
+        repeats = 1
+        while repeats <= most:
+            count = words * repeats
+            digits = len(str(count - 1))
+            copy.body(
+                f"struct SM100_TMEM_LOAD_{shape}{repeats}x",
+                "copy",
+                "\n".join(
+                    f"dst{i:0{digits}} = jaxmoe::emulation::tensor_load_{shape}(src_addr, {i});"
+                    for i in range(count)
+                ),
+            )
+            repeats *= 2
 
     mma = Header(cutlass, "cute/arch/mma_sm100_umma.hpp")
     mma.include("emulation/tcgen05.hpp")
@@ -185,7 +203,7 @@ def sm100(cutlass: pathlib.Path) -> list[Header]:
     packed_maps(mainloop, "_,_,_,", 3)
     # The whole warp copies scales.
     mainloop.replace(r"if \(cute::elect_one_sync\(\)\) (\{\s*copy\(tiled_copy_s2t_SFA)", r"\1", 2)
-    return [memory, copy, mma, barrier, mainloop]
+    return [config, memory, copy, mma, barrier, mainloop]
 
 
 FAMILIES = {"sm100": sm100, "sm120": sm120}

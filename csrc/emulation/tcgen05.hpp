@@ -35,9 +35,16 @@ __device__ inline void tensor_allocate(uint32_t* address) {
   __syncwarp();
 }
 
-// tcgen05.ld.32x32b, word `i`: the address names the first of the warp's 32 lanes.
-__device__ __forceinline__ uint32_t tensor_load(uint32_t address, int i) {
+// Word `i` of tcgen05.ld.32x32b: a lane of the warp has the words of a lane of tensor memory. The
+// address names the first of these.
+__device__ __forceinline__ uint32_t tensor_load_32dp32b(uint32_t address, int i) {
   return *tensor_word(lane_of(address) + lane(), column_of(address) + i);
+}
+// Of tcgen05.ld.16x256b: lane 4 g + q has words 2 q and 2 q + 1 of lanes g and g + 8, for each
+// eight words.
+__device__ __forceinline__ uint32_t tensor_load_16dp256b(uint32_t address, int i) {
+  return *tensor_word(lane_of(address) + lane() / 4 + i % 4 / 2 * 8,
+                      column_of(address) + i / 4 * 8 + lane() % 4 * 2 + i % 2);
 }
 
 __device__ __forceinline__ uint32_t shared_word(uint32_t address) {
