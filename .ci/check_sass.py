@@ -1,7 +1,9 @@
-"""Checks the machine code of a GPU library: matrix instructions there, local memory nowhere.
+"""Checks the machine code of a GPU library: what it is for, and the instructions that it must have.
 
     python .ci/check_sass.py sm90 build/_sm90.so
 
+The products of each family must use the family's matrix instructions, no product nor what runs
+around it may use local memory, and there must be machine code alone, for the family's targets.
 Needs `cuobjdump` on PATH or in the package nvidia-cuda-cuobjdump.
 """
 
@@ -12,15 +14,37 @@ import shutil
 import subprocess
 import sys
 
-# By family: the targets that it holds code for, and what a kernel's code must contain, by a part of
-# its mangled name.
+# By family: the targets that it holds code for, and what a kernel's code must contain, by a pattern
+# of its mangled name. ACQBULK is the wait for the kernel before, without which a product would read
+# its arguments too early; LDTM reads tensor memory.
 FAMILIES = {
-    "sm80": ({"sm_80", "sm_90", "sm_100", "sm_120"}, {"mma_kernel": "HMMA"}),
+    "sm80": ({"sm_80", "sm_90", "sm_100", "sm_120"}, {"mma_kernel": ("HMMA",)}),
     "sm90": (
         {"sm_90a"},
-        {"gemm_kernel": "HGMMA", "decode_kernel": "HMMA", "fused_kernel": "HMMA"},
+        {"gemm_kernel": ("HGMMA",), "decode_kernel": ("HMMA",), "fused_kernel": ("HMMA",)},
+    ),
+    "sm100": (
+        {"sm_100f"},
+        {
+            "MainloopSm100Array.*float_ue4m3_t": ("UTCOMMA", "LDTM", "ACQBULK"),
+            "MainloopSm100Array.*float_ue8m0_t": ("UTCQMMA", "LDTM", "ACQBULK"),
+        },
+    ),
+    "sm120": (
+        {"sm_120f"},
+        {
+            "MainloopSm120Array.*float_ue4m3_t": ("OMMA.SF", "ACQBULK"),
+            "MainloopSm120Array.*float_ue8m0_t": ("QMMA.SF", "ACQBULK"),
+        },
     ),
 }
+# The same kernels with HMMA in place of their own instructions.
+EMULATED = {
+    f"{family}_emulated": ({"sm_90a"}, dict.fromkeys(FAMILIES[family][1], ("HMMA", "ACQBULK")))
+    for family in ("sm100", "sm120")
+}
+# Kernels around the products, which any SM could run.
+OTHERS = "quantize_kernel|combine_kernel|arguments_kernel"
 
 
 def cuobjdump() -> str:
@@ -34,38 +58,42 @@ def cuobjdump() -> str:
     sys.exit("cuobjdump was not found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
 
 
-def check(dump: str, family: str) -> tuple[dict[str, int], list[str]]:
-    """How many kernels there are of each kind and target, and what is wrong."""
-    targets, required = FAMILIES[family]
-    counted = {f"{target} {part}": 0 for target in sorted(targets) for part in required}
+def check(family: str, dump: str, few: bool = False) -> tuple[dict[str, int], list[str]]:
+    """How many kernels there are of each target and kind, and what is wrong.
+
+    A library of few kernels may lack some of its kinds. Emulation may use local memory.
+    """
+    targets, required = (FAMILIES | EMULATED)[family]
+    counted = {f"{target} {kind}": 0 for target in sorted(targets) for kind in required}
     wrong = []
-    for section in re.split(r"(?m)^\s*code for ", dump)[1:]:
-        target, _, functions = section.partition("\n")
-        target = target.strip()
+    for section in re.split(r"(?m)^Fatbin ", dump)[1:]:
+        if section.startswith("ptx"):
+            wrong.append("PTX, where only machine code belongs")
+            continue
+        target = re.findall(r"(?m)^arch = (\w+)$", section)[0]
         if target not in targets:
             wrong.append(f"code for {target}, where {', '.join(sorted(targets))} belong")
             continue
-        for function in functions.split("Function : ")[1:]:
+        for function in section.split("Function : ")[1:]:
             name, _, code = function.partition("\n")
-            for part, instruction in required.items():
-                if part not in name:
-                    continue
-                counted[f"{target} {part}"] += 1
-                if instruction not in code:
-                    wrong.append(f"{target} {name}: no {instruction}")
-                if re.search(r"\b(LDL|STL)\b", code):
-                    wrong.append(f"{target} {name}: local memory (LDL or STL)")
-    wrong += [f"no code: {kind}" for kind, count in counted.items() if count == 0]
-    if "Fatbin ptx code" in dump:
-        wrong.append("PTX; only machine code belongs here")
+            kinds = [kind for kind in required if re.search(kind, name)]
+            for kind in kinds:
+                counted[f"{target} {kind}"] += 1
+                wrong += [f"{target} {name}: no {i}" for i in required[kind] if i not in code]
+            local = (kinds or re.search(OTHERS, name)) and re.search(r"\b(LDL|STL)\b", code)
+            if local and family not in EMULATED:
+                wrong.append(f"{target} {name}: local memory (LDL or STL)")
+    missing = [kind for kind, count in counted.items() if count == 0]
+    if not few or len(missing) == len(counted):
+        wrong += [f"no code: {kind}" for kind in missing]
     return counted, wrong
 
 
-def main(family: str, library: str) -> None:
+def main(family: str, library: str, *options: str) -> None:
     dump = subprocess.run(
         [cuobjdump(), "-sass", "-ptx", library], check=True, capture_output=True, text=True
     ).stdout
-    counted, wrong = check(dump, family)
+    counted, wrong = check(family, dump, few="--few" in options)
     print(f"{library}: {counted}")
     if wrong:
         sys.exit("\n".join(f"{library}: {sentence}" for sentence in wrong))

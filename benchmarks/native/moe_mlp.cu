@@ -18,17 +18,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <random>
 #include <set>
-#include <sstream>
 #include <string>
 #include <vector>
 
 #include "cuda/moe_mlp.h"
 #include "cuda/tactics.h"
+#include "harness.h"
 
 namespace jaxmoe::FAMILY {
 extern const cuda::Family kFamily;
@@ -39,76 +37,12 @@ namespace {
 
 const Family& kFamily = FAMILY::kFamily;
 
+using namespace jaxmoe::native;
 using Bf16 = __nv_bfloat16;
 
 // A correct kernel is several times closer; with e4m3 activations, about 0.04 away.
 constexpr double max_error(Format format) { return is_fp8(format) ? 6e-2 : 1e-2; }
 const char* const kFormats[] = {"nvfp4", "mxfp4", "mxfp4-fp8"};  // as in Format
-
-struct Layer {
-  std::string name;
-  int hidden, intermediate, experts, top_k;
-};
-const Layer kLayers[] = {
-    {"qwen3-30b-a3b", 2048, 768, 128, 8},   {"gpt-oss-20b", 2880, 2880, 32, 4},
-    {"gpt-oss-120b", 2880, 2880, 128, 4},   {"mixtral-8x7b", 4096, 14336, 8, 2},
-    {"deepseek-v3-ep8", 7168, 2048, 32, 8}, {"odd", 416, 352, 13, 3},  // no size fits a tile
-};
-
-[[noreturn]] void die(const std::string& why) {
-  std::fflush(stdout);
-  std::fprintf(stderr, "\n%s\n", why.c_str());
-  std::exit(2);
-}
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) die(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
-// Streams, events, graphs and memory all go with their last owner.
-template <class T>
-std::shared_ptr<T> own(T* handle, cudaError_t (*release)(T*)) {
-  return {handle, release};
-}
-
-template <class T>
-std::shared_ptr<T> create(cudaError_t (*make)(T**), cudaError_t (*release)(T*)) {
-  T* handle = nullptr;
-  check(make(&handle), "create");
-  return own(handle, release);
-}
-
-template <class T>
-std::shared_ptr<T> allocate(int64_t count) {
-  T* memory = nullptr;
-  check(cudaMalloc(&memory, count * sizeof(T)), "cudaMalloc");
-  return {memory, cudaFree};
-}
-
-template <class T>
-std::shared_ptr<T> upload(const std::vector<T>& values) {
-  const auto memory = allocate<T>(values.size());
-  const size_t bytes = values.size() * sizeof(T);
-  check(cudaMemcpy(memory.get(), values.data(), bytes, cudaMemcpyHostToDevice), "upload");
-  return memory;
-}
-
-template <class T>
-std::vector<T> download(const std::shared_ptr<T>& memory, int64_t count) {
-  std::vector<T> values(count);
-  check(cudaMemcpy(values.data(), memory.get(), count * sizeof(T), cudaMemcpyDeviceToHost),
-        "download");
-  return values;
-}
-
-__host__ __device__ uint32_t hash(uint64_t x) {
-  x ^= x >> 33;
-  x *= 0xff51afd7ed558ccdull;
-  x ^= x >> 33;
-  x *= 0xc4ceb9fe1a85ec53ull;
-  x ^= x >> 33;
-  return static_cast<uint32_t>(x);
-}
 
 // All experts' weights, as functions of their indices: the reference reads nothing packed.
 struct Matrices {
@@ -245,13 +179,10 @@ std::vector<float> global_scales(const Matrices& m) {
   return scales;
 }
 
-// Sums of four uniform numbers: about normal, with unit variance.
 __global__ void fill_input(Bf16* x, int64_t size) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < size; i += stride) {
-    float sum = 0.0f;
-    for (int j = 0; j < 4; ++j) sum += static_cast<float>(hash(4 * i + j) >> 8) * 0x1p-24f;
-    x[i] = __float2bfloat16((sum - 2.0f) * 1.7f);
+    x[i] = __float2bfloat16(normal(i));
   }
 }
 
@@ -298,19 +229,6 @@ __global__ void reference_down(Matrices m, const float* global, const double* h,
     sum += value * global[expert] * chosen.weights[pair];
   }
   y[row * m.outputs + output] = sum;
-}
-
-// Distinct experts for every token.
-std::vector<int32_t> random_routing(const Layer& layer, int tokens, std::mt19937* random) {
-  std::vector<int32_t> experts(layer.experts), ids;
-  for (int e = 0; e < layer.experts; ++e) experts[e] = e;
-  for (int t = 0; t < tokens; ++t) {
-    for (int j = 0; j < layer.top_k; ++j) {
-      std::swap(experts[j], experts[j + (*random)() % (layer.experts - j)]);
-      ids.push_back(experts[j]);
-    }
-  }
-  return ids;
 }
 
 // One layer in one format, for up to `max_tokens` tokens.
@@ -508,22 +426,6 @@ class Bench {
   std::shared_ptr<CUstream_st> stream_ = create<CUstream_st>(cudaStreamCreate, cudaStreamDestroy);
   std::vector<Set> sets_;
 };
-
-std::vector<std::string> split(const std::string& list) {
-  std::vector<std::string> items;
-  std::stringstream stream(list);
-  for (std::string item; std::getline(stream, item, ',');) items.push_back(item);
-  return items;
-}
-
-Layer parse_layer(const std::string& name) {
-  std::string names;
-  for (const Layer& layer : kLayers) {
-    if (name == layer.name) return layer;
-    names += " " + layer.name;
-  }
-  die("layer '" + name + "' is none of" + names);
-}
 
 Format parse_format(const std::string& name) {
   std::string names;

@@ -1,0 +1,14 @@
+#include "sm100/config.cuh"
+
+namespace jaxmoe::blackwell {
+namespace {
+
+struct Config : Sm100<Format::kMxfp4, 64> {
+  static constexpr const char* kName = "n64";
+};
+
+}  // namespace
+
+extern const Tactic kSm100Mxfp4N64 = GroupedGemm<Config>::kTactic;
+
+}  // namespace jaxmoe::blackwell
