@@ -64,7 +64,6 @@ struct GemmConfig {
   static constexpr int kQuarterOutputs = kGated ? 8 : 16;
   static constexpr int kGroups = kN / 8 / kTokenWarps;  // of eight tokens, for each warp
   static constexpr int kUnits = kQuarters * kGroups;    // m16n8 sums of a warp
-  static constexpr int kMine = (kUnits + kDepthWarps - 1) / kDepthWarps;  // that it finishes
   static_assert(kTileQuarters % 4 == 0 || 4 % kTileQuarters == 0);
 
   static constexpr int kStageBlocks = kDepthWarps * kBlocks;
@@ -82,7 +81,7 @@ struct GemmConfig {
   static constexpr int kTokens = kWeights + kStages * kWeightBytes;
   static constexpr int kSums = kTokens + kStages * kTokenBytes;
   static constexpr int kPlan = kSums + kSumBytes;
-  static constexpr int kTables = kPlan + 64 + (kStages + 2) * 16;
+  static constexpr int kTables = kPlan + 64 + (kStages + 2) * 16;  // a Plan has at most that
   static constexpr int smem_bytes(int experts) { return kTables + TileTable::bytes(experts); }
 };
 
@@ -340,12 +339,12 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kQuarters][C::kGroups][
   }
 }
 
-// The same with 1, 2, 4, ... groups, as many as hold all tokens, if that is little code.
+// The same with 1, 2, 4, ... groups, as many as hold all tokens, where tiles are often not full.
 template <class C, int kLive>
 __device__ __forceinline__ void multiply_live(float (&sum)[C::kQuarters][C::kGroups][4],
                                               uint32_t smem, int slot, int first, int blocks,
                                               int tokens, const Warp<C>& w) {
-  if constexpr (kLive > 1 && C::kQuarters == 1) {
+  if constexpr (kLive > 1 && C::kOrder == Order::kContiguous) {
     if (tokens <= kLive * 4) {
       return multiply_live<C, kLive / 2>(sum, smem, slot, first, blocks, tokens, w);
     }
@@ -396,6 +395,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   static_assert(sizeof(Plan<C>) <= C::kTables - C::kPlan);
   auto& plan = *reinterpret_cast<Plan<C>*>(pointer + C::kPlan);
   TileTable(pointer + C::kTables, args.experts).template fill<C::kN>(args.offsets, row_tiles);
+  __syncthreads();
   if (threadIdx.x == 0) new (&plan) Plan<C>(pointer + C::kTables, args.experts, row_tiles);
   __syncthreads();
 
