@@ -53,6 +53,32 @@ struct Finish {
     }
   }
 
+  // One warp asks for what the constructor reads of `outputs` rows from the first on: then it comes
+  // from the L1 cache.
+  static __device__ __forceinline__ void prefetch(const GemmArgs& args, int expert, int first,
+                                                  int outputs, int lane) {
+    constexpr bool kGated = is_gated(kEpilogue);
+    constexpr int kOutputs = kGated ? kStripRows / 2 : kStripRows;  // of a strip
+    constexpr int kLine = 32;                                       // floats of a cache line
+    if (outputs <= 0) return;
+    const int last = first + outputs - 1;
+    if (lane == 0) prefetch_l1(args.global_scale + expert);
+    if (kGated && lane < args.num_params) {
+      prefetch_l1(args.params + lane * args.experts + expert);
+    }
+    if (is_fp8(kFormat) && lane < divide_up(outputs, kOutputs)) {
+      prefetch_l1(args.weights + expert * matrix_bytes(kFormat, args.outputs, args.k, kGated) +
+                  (first / kOutputs + lane + 1) * strip_bytes(kFormat, args.k) - kStripRows);
+    }
+    if (args.bias) {
+      const float* bias = args.bias + int64_t{expert} * args.outputs * (kGated ? 2 : 1);
+      for (int i = first + lane * kLine; i < last + kLine; i += 32 * kLine) {
+        prefetch_l1(bias + min(i, last));
+        if (kGated) prefetch_l1(bias + args.outputs + min(i, last));
+      }
+    }
+  }
+
   // Sums of row g for tokens 2c, 2c + 1, then of row g + 8; `weight` multiplies each token's sums.
   // Yields one pair for a gated epilogue, else two (rows g and g + 8).
   __device__ __forceinline__ void operator()(const float* sum, float2 weight,
@@ -63,8 +89,8 @@ struct Finish {
       float h[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float gate = rescaled(sum[i], 0) * s[i] + bias;
-        const float up = rescaled(sum[2 + i], 1) * s[i] + bias8;
+        const float gate = scaled(sum[i], s[i], 0) + bias;
+        const float up = scaled(sum[2 + i], s[i], 1) + bias8;
         h[i] = kEpilogue == Epilogue::kSwiglu ? swiglu(gate, up, params)
                                               : activate_gated(activation, gate, up, params);
       }
@@ -73,7 +99,7 @@ struct Finish {
       float y[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        y[i] = rescaled(sum[i], i / 2) * s[i % 2] + (i < 2 ? bias : bias8);
+        y[i] = scaled(sum[i], s[i % 2], i / 2) + (i < 2 ? bias : bias8);
         if constexpr (kEpilogue == Epilogue::kPlain) y[i] = activate_plain(activation, y[i]);
       }
       out[0] = P::make(y[0], y[1]);
@@ -82,11 +108,11 @@ struct Finish {
   }
 
  private:
-  // Before the global scale: the product of the factors may leave float32's range where no result
-  // does.
-  __device__ __forceinline__ float rescaled(float sum, int second) const {
-    if constexpr (is_fp8(kFormat)) return sum * row_scale[second];
-    return sum * kUnscale<T, kFormat>;
+  // One factor after the other: their product may leave float32's range where no result does. The
+  // token's comes first, since x is hardly as large as float32 goes, and a row's scale may be.
+  __device__ __forceinline__ float scaled(float sum, float factor, int second) const {
+    if constexpr (is_fp8(kFormat)) return sum * factor * row_scale[second];
+    return sum * kUnscale<T, kFormat> * factor;
   }
   // 2^(exponent - 127); an exponent of 0 is subnormal.
   static __device__ __forceinline__ float power_of_two(uint32_t exponent) {

@@ -49,6 +49,12 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Brings the line of `at` into the L1 cache: an ordinary load, whose value nobody waits for.
+__device__ __forceinline__ void prefetch_l1(const void* at) {
+  [[maybe_unused]] uint32_t value;
+  asm volatile("ld.global.nc.b8 %0, [%1];" : "=r"(value) : "l"(at));
+}
+
 // ---- copies
 // ----------------------------------------------------------------------------------------
 

@@ -11,16 +11,19 @@ namespace {
 const Tactic* product_tactic(Format format, int64_t rows, int64_t experts) {
   const int64_t mean = rows / std::max<int64_t>(1, std::min(rows, experts));
   if (rows <= 16 && !is_fp8(format)) return &kDecode;
-  return mean <= 48 ? &kWgmma64 : mean < 100 ? &kWgmma128 : mean <= 160 ? &kWgmma192 : &kWgmma256;
+  if (mean <= 48) return &kWgmma64;
+  if (mean >= 100 && mean <= 160) return &kWgmma192;
+  return mean < (is_fp8(format) ? 160 : 320) ? &kWgmma128 : &kWgmma256;
 }
 
-// Whether tiles of `strips` strips cut both matrices without rest, and into several for each
-// multiprocessor of an H100.
-bool divides(const MlpShape& s, bool gated, int strips) {
+// Whether tiles of `strips` strips are several for each multiprocessor of an H100 and, where the
+// time of a tile is that of its weights, cut both matrices without rest.
+bool suits(Format format, const MlpShape& s, bool gated, int strips) {
   constexpr int64_t kTiles = 2 * 132;
   const int64_t up = num_strips(s.intermediate, gated), down = num_strips(s.hidden, false);
   const int64_t experts = std::min(s.experts, s.tokens * s.top_k);
-  return up % strips == 0 && down % strips == 0 && std::min(up, down) / strips * experts >= kTiles;
+  const bool divides = up % strips == 0 && down % strips == 0;
+  return (divides || is_fp8(format)) && std::min(up, down) / strips * experts >= kTiles;
 }
 
 // One kernel is faster than four for a single token, as long as its weights are so few that latency
@@ -36,7 +39,7 @@ bool prefers_fused(Format format, const MlpShape& s, bool gated) {
 const Tactic* mlp_tactic(Format format, const MlpShape& s, bool gated) {
   if (prefers_fused(format, s, gated)) return &kFused;
   const Tactic* tactic = product_tactic(format, s.tokens * s.top_k, s.experts);
-  return tactic == &kWgmma64 && divides(s, gated, 8) ? &kWgmma64Tall : tactic;
+  return tactic == &kWgmma64 && suits(format, s, gated, 8) ? &kWgmma64Tall : tactic;
 }
 
 }  // namespace

@@ -4,6 +4,10 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import families
 import jax
@@ -21,6 +25,8 @@ from families import (
     run_tactic,
     tactics,
 )
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from problems import ACTIVATIONS, EDGES, GROUPED_EDGES, GroupedSpec, Spec
 from suite import (
     FORMATS,
@@ -409,3 +415,103 @@ def test_independent_calls_in_one_program(variant):
     for _ in range(20):
         for ours, expected in zip(call(args), want, strict=True):
             assert_same_bits(np.asarray(ours), expected)
+
+
+@every_tactic
+def test_many_experts_beside_few_from_two_threads(variant, tactic):
+    """They share kernels and the limits set on them, not tables: 1024 experts' need more memory."""
+    spec = replace(BIG, dtype="bfloat16", hidden_size=96, intermediate_size=64, top_k=2)
+    batch = [
+        problems.random_problem(fit(replace(spec, num_experts=n, num_total=n), tactic))
+        for n in (1024, 8)
+    ]
+    want = [run_tactic(variant, problem, tactic) for problem in batch]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(10):
+            got = pool.map(lambda problem: run_tactic(variant, problem, tactic), batch)
+            for ours, expected in zip(got, want, strict=True):
+                assert_same_bits(ours, expected)
+
+
+@every_variant
+@pytest.mark.parametrize("tokens", [1, 33, 2000])
+def test_the_first_call_of_a_process_may_be_recorded(tokens, variant):
+    """Nothing that a kernel needs at its first launch is forbidden while a graph is recorded."""
+    script = f"""
+import jax, numpy as np, problems, dataclasses, jaxmoe
+from suite import prepared
+spec = problems.Spec(tokens={tokens}, num_experts=16, top_k=4, hidden_size=256,
+                     intermediate_size=96, dtype="bfloat16", weight_format="mxfp4")
+x, experts, ids, weights = problems.random_problem(spec).call_args()
+experts = prepared(experts, "{variant}", True)
+def model(x, ids, w):
+    for _ in range(6):
+        x = jax.numpy.tanh(x + jaxmoe.moe_mlp(x, experts, ids, w, implementation="{variant}"))
+    return x
+lowered = jax.jit(model).lower(x, ids, weights)
+compiled = [lowered.compile(compiler_options=o) for o in (
+    {{"xla_gpu_graph_min_graph_size": 1}}, {{"xla_gpu_enable_command_buffer": ""}})]
+recorded, plain = (np.asarray(f(x, ids, weights)).view(np.uint16) for f in compiled)
+assert (recorded == plain).all()
+"""
+    folders = [str(Path(__file__).parent.parent), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def two_devices():
+    """The first two GPUs; skips where there is one."""
+    devices = jax.local_devices(backend="cuda")[:2]
+    if len(devices) < 2:
+        pytest.skip("needs two GPUs")
+    return devices
+
+
+@every_variant
+def test_two_devices_at_once(variant):
+    devices = two_devices()
+    batch = [
+        problems.random_problem(replace(BIG, dtype="bfloat16", tokens=tokens, seed=tokens))
+        for tokens in (1, 20, 150, 700)
+    ]
+    want = [run(problem, variant) for problem in batch]
+
+    def on(device, problem):
+        with jax.default_device(device):
+            return run(problem, variant)
+
+    pairs = list(itertools.product(devices, range(len(batch))))
+    with concurrent.futures.ThreadPoolExecutor(len(pairs)) as pool:
+        for _ in range(10):
+            got = pool.map(lambda pair: on(pair[0], batch[pair[1]]), pairs)
+            for (_, index), ours in zip(pairs, got, strict=True):
+                assert_same_bits(ours, want[index])
+
+
+@every_variant
+def test_experts_spread_over_two_devices(variant):
+    """Each device has half of the experts; the sum over the devices is the whole layer."""
+    problem = problems.random_problem(replace(BIG, dtype="bfloat16"))
+    x, experts, ids, weights = problem.call_args()
+    packed = prepared(experts, variant, True)
+    mesh = Mesh(np.asarray(two_devices()), ("experts",))
+    packed = jax.device_put(packed, NamedSharding(mesh, P("experts")))
+
+    def shard(x, packed, ids, weights):
+        first = jax.lax.axis_index("experts") * (BIG.num_experts // 2)
+        y = jaxmoe.moe_mlp(x, packed, ids, weights, expert_offset=first, implementation=variant)
+        return jax.lax.psum(y.astype(jnp.float32), "experts")
+
+    whole = jax.jit(
+        jax.shard_map(
+            shard, mesh=mesh, in_specs=(P(), P("experts"), P(), P()), out_specs=P(), check_vma=False
+        )
+    )
+    got = np.asarray(whole(x, packed, ids, weights))
+    assert_matches(got, problem.pairs(), TOLERANCE["bfloat16"])
