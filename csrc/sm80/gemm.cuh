@@ -153,8 +153,8 @@ class Plan {
   Tile ring_[kTiles];
 };
 
-// Where the next copies come from and go to. It runs ahead of the products. Its pointers are those
-// of this thread's first chunk of 16 bytes in the next stage.
+// Where the next copies come from and go to: 16 bytes each, one after the other by the threads. It
+// runs ahead of the products.
 template <class C>
 class Loader {
  public:
@@ -185,7 +185,6 @@ class Loader {
   static constexpr int kRowsAtOnce = C::kThreads / C::kRowChunks;
   static constexpr int kPasses = (C::kN + kRowsAtOnce - 1) / kRowsAtOnce;
   static constexpr int kStageBytes = C::kStageBlocks * block_bytes(C::kFormat);
-  static constexpr int kStageRowBytes = C::kStageBlocks * kBlockK * 2;
   static_assert(C::kThreads % C::kRowChunks == 0);
 
   __device__ __forceinline__ void enter() {
@@ -228,7 +227,6 @@ class Loader {
         if (token < tile.tokens) row_[i] = args_.source ? args_.source[position] : position;
       }
     }
-    x_ = static_cast<const uint8_t*>(args_.x) + chunk * 16;
   }
 
   __device__ __forceinline__ void copy(int slot) {
@@ -252,15 +250,16 @@ class Loader {
     weights_ += kStageBytes;
     // Zeros past the end of K, since 0 * (what lay here before) might be NaN.
     const uint32_t tokens_to = tokens_to_ + slot * C::kTokenBytes;
+    const auto* x = static_cast<const uint16_t*>(args_.x);
+    const int k = args_.k - inside_;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       if (row_[i] >= 0) {
         cuda::copy_async_16(tokens_to + i * kRowsAtOnce * C::kTokenPitch,
-                            inside_ > 0 ? x_ + int64_t{row_[i]} * args_.k * 2 : x_, inside_ > 0);
+                            inside_ > 0 ? x + int64_t{row_[i]} * args_.k + k : x, inside_ > 0);
       }
     }
-    x_ += kStageRowBytes;
-    inside_ -= kStageRowBytes / 2;
+    inside_ -= C::kStageBlocks * kBlockK;
   }
 
   const GemmArgs& args_;
@@ -270,7 +269,7 @@ class Loader {
   int left_ = 0;    // blocks of the tile
   int inside_ = 0;  // elements from this thread's chunk of a row to the end of K
   int live_strips_ = 0;
-  const uint8_t *weights_ = nullptr, *x_ = nullptr;
+  const uint8_t* weights_ = nullptr;  // of this thread's first chunk of the next stage
   int offset_[kStripPasses] = {};
   int row_[kPasses];
 };
