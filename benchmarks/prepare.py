@@ -48,17 +48,15 @@ def measure(layer: benchmark.Layer, weight_format: str) -> dict[str, Any]:
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         experts = random_experts(layer, weight_format, CANONICAL, seed=0)
     experts = jax.block_until_ready(jax.device_put(experts, device))
-    before, _ = _memory(device)
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
         result = jax.block_until_ready(jaxmoe.prepare(experts, chosen.variant))
         seconds.append(time.perf_counter() - start)
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(result))
+        held, peak = _memory(device)  # held: weights and result, as the allocator rounded them
         del result
-    _, peak = _memory(device)
     expert = layer.expert_bytes(weight_format)
-    extra = None if before is None or peak is None else (peak - before - held) / expert
+    extra = None if held is None or peak is None else (peak - held) / expert
     return benchmark.origin(benchmark.device_name()) | {
         "implementation": chosen.variant,
         "layer": layer.name,

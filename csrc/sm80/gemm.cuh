@@ -64,7 +64,6 @@ struct GemmConfig {
   static constexpr int kQuarterOutputs = kGated ? 8 : 16;
   static constexpr int kGroups = kN / 8 / kTokenWarps;  // of eight tokens, for each warp
   static constexpr int kUnits = kQuarters * kGroups;    // m16n8 sums of a warp
-  static constexpr int kMine = (kUnits + kDepthWarps - 1) / kDepthWarps;  // that it finishes
   static_assert(kTileQuarters % 4 == 0 || 4 % kTileQuarters == 0);
 
   static constexpr int kStageBlocks = kDepthWarps * kBlocks;
@@ -82,7 +81,7 @@ struct GemmConfig {
   static constexpr int kTokens = kWeights + kStages * kWeightBytes;
   static constexpr int kSums = kTokens + kStages * kTokenBytes;
   static constexpr int kPlan = kSums + kSumBytes;
-  static constexpr int kTables = kPlan + 64 + (kStages + 2) * 16;
+  static constexpr int kTables = kPlan + 64 + (kStages + 2) * 16;  // a Plan has at most that
   static constexpr int smem_bytes(int experts) { return kTables + TileTable::bytes(experts); }
 };
 
@@ -154,8 +153,8 @@ class Plan {
   Tile ring_[kTiles];
 };
 
-// Where the next copies come from and go to. It runs ahead of the products. Its pointers are those
-// of this thread's first chunk of 16 bytes in the next stage.
+// Where the next copies come from and go to: 16 bytes each, one after the other by the threads. It
+// runs ahead of the products.
 template <class C>
 class Loader {
  public:
@@ -186,7 +185,6 @@ class Loader {
   static constexpr int kRowsAtOnce = C::kThreads / C::kRowChunks;
   static constexpr int kPasses = (C::kN + kRowsAtOnce - 1) / kRowsAtOnce;
   static constexpr int kStageBytes = C::kStageBlocks * block_bytes(C::kFormat);
-  static constexpr int kStageRowBytes = C::kStageBlocks * kBlockK * 2;
   static_assert(C::kThreads % C::kRowChunks == 0);
 
   __device__ __forceinline__ void enter() {
@@ -229,7 +227,6 @@ class Loader {
         if (token < tile.tokens) row_[i] = args_.source ? args_.source[position] : position;
       }
     }
-    x_ = static_cast<const uint8_t*>(args_.x) + chunk * 16;
   }
 
   __device__ __forceinline__ void copy(int slot) {
@@ -253,15 +250,16 @@ class Loader {
     weights_ += kStageBytes;
     // Zeros past the end of K, since 0 * (what lay here before) might be NaN.
     const uint32_t tokens_to = tokens_to_ + slot * C::kTokenBytes;
+    const auto* x = static_cast<const uint16_t*>(args_.x);
+    const int k = args_.k - inside_;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       if (row_[i] >= 0) {
         cuda::copy_async_16(tokens_to + i * kRowsAtOnce * C::kTokenPitch,
-                            inside_ > 0 ? x_ + int64_t{row_[i]} * args_.k * 2 : x_, inside_ > 0);
+                            inside_ > 0 ? x + int64_t{row_[i]} * args_.k + k : x, inside_ > 0);
       }
     }
-    x_ += kStageRowBytes;
-    inside_ -= kStageRowBytes / 2;
+    inside_ -= C::kStageBlocks * kBlockK;
   }
 
   const GemmArgs& args_;
@@ -271,7 +269,7 @@ class Loader {
   int left_ = 0;    // blocks of the tile
   int inside_ = 0;  // elements from this thread's chunk of a row to the end of K
   int live_strips_ = 0;
-  const uint8_t *weights_ = nullptr, *x_ = nullptr;
+  const uint8_t* weights_ = nullptr;  // of this thread's first chunk of the next stage
   int offset_[kStripPasses] = {};
   int row_[kPasses];
 };
@@ -340,12 +338,12 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kQuarters][C::kGroups][
   }
 }
 
-// The same with 1, 2, 4, ... groups, as many as hold all tokens, if that is little code.
+// The same with 1, 2, 4, ... groups, as many as hold all tokens, where tiles are often not full.
 template <class C, int kLive>
 __device__ __forceinline__ void multiply_live(float (&sum)[C::kQuarters][C::kGroups][4],
                                               uint32_t smem, int slot, int first, int blocks,
                                               int tokens, const Warp<C>& w) {
-  if constexpr (kLive > 1 && C::kQuarters == 1) {
+  if constexpr (kLive > 1 && C::kOrder == Order::kContiguous) {
     if (tokens <= kLive * 4) {
       return multiply_live<C, kLive / 2>(sum, smem, slot, first, blocks, tokens, w);
     }
@@ -396,6 +394,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   static_assert(sizeof(Plan<C>) <= C::kTables - C::kPlan);
   auto& plan = *reinterpret_cast<Plan<C>*>(pointer + C::kPlan);
   TileTable(pointer + C::kTables, args.experts).template fill<C::kN>(args.offsets, row_tiles);
+  __syncthreads();
   if (threadIdx.x == 0) new (&plan) Plan<C>(pointer + C::kTables, args.experts, row_tiles);
   __syncthreads();
 

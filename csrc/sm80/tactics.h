@@ -9,9 +9,10 @@ namespace jaxmoe::sm80 {
 using namespace cuda;  // the layout, the arguments and the driver are those of several families
 
 extern const Tactic kDecode;
-extern const Tactic kSmall;
-extern const Tactic kMedium;
-extern const Tactic kLarge;
+extern const Tactic kMma8;
+extern const Tactic kMma32;
+extern const Tactic kMma64;
+extern const Tactic kMma128;
 
 extern const Family kFamily;
 
