@@ -13,8 +13,15 @@ SHAPES = {"gate_proj": (I, H), "up_proj": (I, H), "down_proj": (H, I)}
 CONFIG = {"model_type": "qwen3_moe", "hidden_size": H}
 E4M3 = ml_dtypes.float8_e4m3fn
 
-MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "*.self_attn*"]}
-GPT_OSS = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+MODELOPT = {
+    "quant_method": "modelopt",
+    "quant_algo": "NVFP4",
+    "ignore": ["lm_head", "*.self_attn*"],
+}
+GPT_OSS = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+}
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 32], "fmt": "e4m3"}
 
 
@@ -128,7 +135,10 @@ def fp8(block=(16, 32)):
     for e in range(E):
         for name, (rows, k) in SHAPES.items():
             module = f"{PREFIX}.{e}.{name}"
-            bits = r.integers(0, 0x7F, (rows, k), np.uint8) | r.integers(0, 2, (rows, k), np.uint8) << 7
+            bits = (
+                r.integers(0, 0x7F, (rows, k), np.uint8)
+                | r.integers(0, 2, (rows, k), np.uint8) << 7
+            )
             tensors[f"{module}.weight"] = bits.astype(np.uint8).view(E4M3)
             blocks = (-(-rows // block[0]), -(-k // block[1]))
             tensors[f"{module}.weight_scale_inv"] = r.random(blocks, np.float32) + np.float32(0.01)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from jaxmoe.checkpoint._safetensors import CheckpointError
 from jaxmoe.checkpoint._storage import GPT_OSS
@@ -90,6 +90,11 @@ def _stream(source: _Source, sharding: Sharding | None) -> LoadedExperts:
     count = source.num_experts
     if sharding is None:
         sharding = SingleDeviceSharding(jax.local_devices()[0])
+    if isinstance(sharding, NamedSharding) and any(axes is not None for axes in sharding.spec[1:]):
+        raise ValueError(
+            f"sharding must split the experts' axis alone, got {sharding.spec}; use "
+            "NamedSharding(mesh, PartitionSpec(axis))"
+        )
     stacks: Any = None
     example: list[tuple[Any, ...]] = []
     max_error = np.zeros(count, np.float32)
@@ -138,12 +143,6 @@ class _Stack:
     def __init__(self, count: int, leaf: np.ndarray, sharding: Sharding):
         self.shape = (count, *leaf.shape)
         self.sharding = sharding
-        inner = sharding.shard_shape(self.shape)[1:]
-        if inner != leaf.shape:
-            raise ValueError(
-                f"sharding must split the experts' axis alone, but it makes {inner} of an expert's "
-                f"{leaf.shape}; use NamedSharding(mesh, PartitionSpec(axis))"
-            )
         self.parts: dict[Any, tuple[range, jax.Array]] = {}
         for device, index in sharding.addressable_devices_indices_map(self.shape).items():
             owned = _range(index, count)
@@ -271,25 +270,34 @@ class _Separate(_Source):
         return self.folder.tensor(bias).astype(np.float32) if bias in self.folder else None
 
     def expert(self, e: int) -> tuple[ExpertWeights, UnifyReport | None]:
-        parts = [name for name in (self.gate, self.up) if name is not None]
-        modules = [self._module(e, name) for name in (*parts, self.down)]
-        *upper, down = (self.folder.matrix(m, dtype=self.read_dtype()) for m in modules)
-        for weight, module in zip((*upper, down), modules, strict=True):
-            _check_rank(self.folder, weight, module, 2)
-        report = None
-        if len(upper) == 2:
-            gate_up, report = _join(self.folder, upper[0], upper[1], modules)
-        else:
-            (gate_up,) = upper
-        _check_fit(self.folder, gate_up, down, len(upper), modules[-1])
-        biases = [self._bias(e, name) for name in parts]
+        names = [name for name in (self.gate, self.up) if name is not None]
+        modules = [self._module(e, name) for name in (*names, self.down)]
+        gate_up, report = self._gate_up(modules)  # gate and up alone are gone before down is read
+        down = self._matrix(modules[-1])
+        _check_fit(self.folder, gate_up, down, len(names), modules[-1])
+        biases = [self._bias(e, name) for name in names]
         given = [bias for bias in biases if bias is not None]
         if len(given) not in (0, len(biases)):
             raise CheckpointError(
-                self.folder.path, f"{self._module(e, '')}* has a bias of gate or up, but not both"
+                self.folder.path,
+                f"{modules[0]!r} and {modules[1]!r} must both have a bias, or none",
             )
         bias = np.concatenate(given) if given else None
         return self.assemble(gate_up, down, bias, self._bias(e, self.down), modules), report
+
+    def _gate_up(self, modules: list[str]) -> tuple[Weight, UnifyReport | None]:
+        upper = [self._matrix(module) for module in modules[:-1]]
+        return (
+            _join(self.folder, upper[0], upper[1], modules) if len(upper) == 2 else (upper[0], None)
+        )
+
+    def _matrix(self, module: str) -> Weight:
+        weight = self.folder.matrix(module, dtype=self.read_dtype())
+        if weight.ndim != 2:
+            raise CheckpointError(
+                self.folder.path, f"{module!r} must have 2 axes, got shape {list(weight.shape)}"
+            )
+        return weight
 
     def input_scales(self) -> tuple[float | None, float | None]:
         upper = [name for name in (self.gate, self.up) if name is not None]
@@ -393,13 +401,6 @@ def _join(
         ), None
     joined, report = unify_global_scale(gate, up)
     return jax.tree.map(np.asarray, joined), report
-
-
-def _check_rank(folder: Folder, weight: Weight, module: str, rank: int) -> None:
-    if weight.ndim != rank:
-        raise CheckpointError(
-            folder.path, f"{module!r} must have {rank} axes, got shape {list(weight.shape)}"
-        )
 
 
 def _check_fit(folder: Folder, gate_up: Weight, down: Weight, parts: int, module: str) -> None:

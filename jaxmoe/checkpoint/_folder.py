@@ -342,8 +342,9 @@ class Folder:
 
         >>> folder.experts("model.layers.0.mlp.experts", num_experts=128)      # doctest: +SKIP
 
-        One expert at a time is read and put where it belongs, so that the peak of host memory is
-        one expert, besides the result where the device is the host.
+        One expert at a time is read and put where it belongs. The peak of host memory is that
+        expert, once as read and once joined or on its way (measured: under three experts' bytes),
+        and the result where the device is the host; with `quantize`, one expert in f32 as well.
 
         Args:
           prefix: the name before the experts' numbers, `<prefix>.<e>.<name>.weight`, or before the
