@@ -65,7 +65,12 @@ PACKED_MXFP4 = Storage(
 )
 GPT_OSS = Storage("gpt-oss MXFP4", MXFP4, "_blocks", "U8", "_scales", _POWERS)
 BLOCK_FP8 = Storage(
-    "block-scaled FP8", None, ".weight", "F8_E4M3", ".weight_scale_inv", ("F32", "F16", "BF16")
+    "block-scaled FP8",
+    None,
+    ".weight",
+    "F8_E4M3",
+    ".weight_scale_inv",
+    ("F32", "F16", "BF16", "F8_E8M0"),
 )
 OWN = tuple(
     Storage(
