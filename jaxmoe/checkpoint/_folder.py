@@ -19,7 +19,7 @@ from jaxmoe.checkpoint._experts import LoadedExperts
 from jaxmoe.checkpoint._file import quantized_formats
 from jaxmoe.checkpoint._safetensors import CheckpointError, Entry, Header
 from jaxmoe.checkpoint._scheme import Scheme, own_scheme, read_scheme
-from jaxmoe.checkpoint._shards import Shard, entries, open_shards, read_json
+from jaxmoe.checkpoint._shards import Shard, open_shards, read_json
 from jaxmoe.checkpoint._storage import (
     FLOATS,
     Storage,
@@ -78,7 +78,9 @@ class Folder:
         if not path.is_dir():
             raise CheckpointError(path, "must be a folder with config.json and safetensors files")
         self.path = path
-        self._shards: dict[str, Shard] = open_shards(path)
+        self._files: list[Shard]
+        self._shards: dict[str, Shard]
+        self._files, self._shards = open_shards(path)
         try:
             self.config: dict[str, Any] = read_json(path / "config.json")
             separate = path / "hf_quant_config.json"
@@ -90,11 +92,11 @@ class Folder:
             self.close()
             raise
         self.names: tuple[str, ...] = tuple(sorted(self._shards))
-        self._entries = entries(self._shards)
+        self._entries = {n: shard.header.entries[n] for n, shard in self._shards.items()}
 
     def _own_scheme(self) -> Scheme | None:
         formats: dict[str, None] = {}
-        for shard in {id(s): s for s in self._shards.values()}.values():
+        for shard in self._files:
             formats |= dict.fromkeys(quantized_formats(shard.path, shard.header).values())
         return own_scheme(tuple(formats)) if formats else None
 
@@ -117,17 +119,17 @@ class Folder:
 
     def close(self) -> None:
         """Closes the files; arrays that were handed out stay valid."""
-        for shard in self._shards.values():
+        for shard in self._files:
             shard.close()
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The safetensors files."""
-        return tuple(sorted({shard.path for shard in self._shards.values()}))
+        return tuple(shard.path for shard in self._files)
 
     def header(self, path: Path) -> Header:
         """What one of `files` holds."""
-        return next(s.header for s in self._shards.values() if s.path == path)
+        return next(shard.header for shard in self._files if shard.path == path)
 
     def entry(self, name: str) -> Entry:
         """Dtype, shape and size of a tensor, from the header.

@@ -14,7 +14,6 @@ import numpy as np
 from jaxmoe.checkpoint._safetensors import (
     DTYPES,
     CheckpointError,
-    Entry,
     Header,
     open_file,
     read_header,
@@ -87,8 +86,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def open_shards(folder: Path) -> dict[str, Shard]:
-    """Opens the safetensors files of a folder; returns the file of each tensor.
+def open_shards(folder: Path) -> tuple[list[Shard], dict[str, Shard]]:
+    """Opens the safetensors files of a folder; returns them, and the file of each tensor.
 
     With an index, the files are those that it names, and what they hold must be what it says.
     Without, all safetensors files of the folder are taken.
@@ -120,7 +119,7 @@ def open_shards(folder: Path) -> dict[str, Shard]:
         for shard in shards:
             shard.close()
         raise
-    return found
+    return shards, found
 
 
 def _read_index(folder: Path) -> tuple[str, dict[str, str]]:
@@ -178,8 +177,3 @@ def _list(folder: Path) -> list[str]:
                 if other not in present:
                     raise CheckpointError(folder / other, f"is missing, though {name} is there")
     return names
-
-
-def entries(shards: Mapping[str, Shard]) -> dict[str, Entry]:
-    """What each tensor is."""
-    return {name: shard.header.entries[name] for name, shard in shards.items()}
