@@ -148,7 +148,7 @@ TENSORS = {
         "modelopt", poke(f"{MODULE}.weight_scale", 3, 0x7F), f"{MODULE}.weight_scale", "NaN"),
     "negative block scale": (
         "modelopt", poke(f"{MODULE}.weight_scale", 3, 0xB8), f"{MODULE}.weight_scale", "negative"),
-    "zero block scale": ("modelopt", zero_scale, f"{MODULE}.weight_scale", "are 0"),
+    "zero block scale": ("modelopt", zero_scale, f"{MODULE}.weight_scale", "1 scales of 0"),
     "NaN global scale": (
         "modelopt", put(f"{MODULE}.weight_scale_2", np.float32(np.nan)),
         f"{MODULE}.weight_scale_2", "finite and > 0, got nan"),

@@ -184,10 +184,8 @@ class Folder:
                 raise CheckpointError(self.path, f"holds no weight {plain!r}, plain or quantised")
             entry = self._entries[plain]
             if entry.dtype not in FLOATS:
-                declared = self.scheme or "that a quantization_config would declare"
-                raise self.error(
-                    plain, f"is {entry} without the scales of {declared}; it is not read as dense"
-                )
+                lacks = "scales" if self.scheme else "quantization_config in config.json"
+                raise self.error(plain, f"is {entry} without {lacks}; it is not read as dense")
             return None
         if plain in self._shards and plain != module + storage.data:
             raise self.error(plain, f"stands beside {module + storage.data!r}; remove one of them")

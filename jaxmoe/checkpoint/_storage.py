@@ -212,15 +212,15 @@ def _check_scale(format: Format, data: np.ndarray, scale: np.ndarray, name: str)
     bits = scale.view(np.uint8)
     if format.scale != FLOAT8_E4M3:
         if (bits == 0xFF).any():
-            raise StorageError(name, f"{(bits == 0xFF).sum()} of {bits.size} scales are NaN (0xFF)")
+            raise StorageError(name, f"has {(bits == 0xFF).sum()} of {bits.size} scales NaN (0xFF)")
         return
     if bad := int((bits >= 0x7F).sum()):
-        raise StorageError(name, f"{bad} of {bits.size} scales are NaN or negative")
+        raise StorageError(name, f"has {bad} of {bits.size} scales NaN or negative")
     if (zero := bits == 0).any():
         assert format.block_size is not None
         blocks = data.reshape(*bits.shape, format.block_size // 2)[zero]
         if bad := int((blocks & 0x77 != 0).any(-1).sum()):
-            raise StorageError(name, f"{bad} scales are 0 though their blocks have other elements")
+            raise StorageError(name, f"has {bad} scales of 0 for blocks with other elements")
 
 
 def _dequantize(
@@ -237,7 +237,7 @@ def _dequantize(
         raise StorageError(scale_name, "must be finite and not negative everywhere")
     bits = data.view(np.uint8)
     if bad := int((bits & 0x7F == 0x7F).sum()):
-        raise StorageError(data_name, f"{bad} of {bits.size} elements are NaN")
+        raise StorageError(data_name, f"has {bad} of {bits.size} elements NaN")
     if scale.size > 1:
         for axis in (-2, -1):
             factor = np.repeat(factor, block[axis], axis)

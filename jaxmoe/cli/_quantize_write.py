@@ -141,7 +141,7 @@ def write_file(job: Job, plan: Plan, dst: Path, advance: Advance) -> None:
                     scale = np.float32(1) / scale
                 place(f"{module}{job.layout.storage.input_scale}", scale)
         out.flush()
-        _check_written(out, plan, checksums)
+        _check_written(out, dst, plan, checksums)
 
 
 def _blocks(file: BinaryIO, entry: Entry) -> Iterator[np.ndarray]:
@@ -205,7 +205,7 @@ def _amax(path: Path, name: str, entry: Entry) -> np.float32:
         return max(np.abs(matrix).max() for matrix, _ in _matrices(file, name, entry))
 
 
-def _check_written(out: BinaryIO, plan: Plan, checksums: Mapping[str, int]) -> None:
+def _check_written(out: BinaryIO, dst: Path, plan: Plan, checksums: Mapping[str, int]) -> None:
     """Reads everything again, and puts the checksum of all tensors over its placeholder."""
     whole = 0
     for name, entry in plan.target.entries.items():  # in the order of the file
@@ -215,7 +215,7 @@ def _check_written(out: BinaryIO, plan: Plan, checksums: Mapping[str, int]) -> N
             block = os.pread(out.fileno(), size, entry.offset + start)  # opened for reading too
             found, whole = zlib.crc32(block, found), zlib.crc32(block, whole)
         if found != checksums[name]:
-            raise CheckpointError(out.name, f"tensor {name!r} is not on disk as it was written")
+            raise CheckpointError(dst, f"tensor {name!r} is not on disk as it was written")
     marker = f'"crc32": "{NO_CHECKSUM}"'.encode()
     out.seek(plan.beginning.index(marker) + len(marker) - len(NO_CHECKSUM) - 1)
     out.write(f"{whole:08x}".encode())
