@@ -202,6 +202,32 @@ def test_gpt_oss(run, tmp_path):
     np.testing.assert_array_equal(experts.gate_up_bias, exact.gate_up_bias)
 
 
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_from_block_scaled_fp8(run, tmp_path, layout):
+    """Experts go from FP8 to FP4 without a rounding to BF16 between; the rest becomes BF16."""
+    tensors = fp8()
+    q = "model.layers.0.self_attn.q_proj"
+    tensors[f"{q}.weight"] = tensors[f"{PREFIX}.0.{UP}.weight"]
+    tensors[f"{q}.weight_scale_inv"] = tensors[f"{PREFIX}.0.{UP}.weight_scale_inv"]
+    src, dst = write(tmp_path / "src", tensors, FP8), tmp_path / "dst"
+    code, _, err = run("quantize", src, dst, "--format", "nvfp4", "--layout", layout)
+    assert (code, "12 tensors in nvfp4" in err) == (0, True), err
+    with open_folder(src) as before, open_folder(dst) as after:
+        assert after.scheme.method == layout
+        assert not [name for name in after.names if name.endswith("_scale_inv")]
+        np.testing.assert_array_equal(bits(after.tensor(f"{q}.weight")), bits(before.linear(q)))
+        assert after.scheme.excludes(q)
+        np.testing.assert_array_equal(
+            bits(after.tensor("lm_head.weight")), bits(before.tensor("lm_head.weight"))
+        )
+        exact = before.experts(PREFIX, num_experts=E, dtype=np.float32)
+        experts = after.experts(PREFIX, num_experts=E)
+    for loaded, dense in ((experts.gate_up, exact.gate_up), (experts.down, exact.down)):
+        same(loaded, jaxmoe.quantize(dense, "nvfp4", global_scale=loaded.global_scale))
+        ratio = loaded.global_scale / jaxmoe.quantize(dense, "nvfp4").global_scale
+        np.testing.assert_allclose(ratio, 1, rtol=2.0**-22)
+
+
 def test_layouts_and_models_that_do_not_fit(run, tmp_path):
     tensors, config = fused("gpt_oss")
     src = write(tmp_path / "fused", tensors, config=config)

@@ -215,9 +215,10 @@ def quantize(
     """Quantise the expert weights of a checkpoint, tensor by tensor.
 
     Weights are taken as [N, K] or [E, N, K], with the contracted axis K last. Everything else is
-    copied unchanged. DST appears when it is complete and was checked; an interrupted run of a
-    folder goes on where it was when the same command is run again. Read the result with
-    jaxmoe.checkpoint.open_folder (a folder) or jaxmoe.checkpoint.load (a file of layout jaxmoe).
+    copied unchanged (block-scaled FP8 becomes BF16). DST appears when it is complete and was
+    checked; an interrupted run of a folder goes on where it was when the same command is run again.
+    Read the result with jaxmoe.checkpoint.open_folder (a folder) or jaxmoe.checkpoint.load (a file
+    of layout jaxmoe).
     """
     from jaxmoe.cli._quantize import quantize as command
 

@@ -16,9 +16,9 @@ import jaxmoe
 from jaxmoe.checkpoint import CheckpointError, Folder, open_folder
 from jaxmoe.checkpoint._experts import FUSED_ORDER
 from jaxmoe.checkpoint._layouts import Layout, get_layout, modelopt_file
-from jaxmoe.checkpoint._safetensors import Header, layout_of, open_file, read_header
+from jaxmoe.checkpoint._safetensors import Entry, Header, layout_of, open_file, read_header
 from jaxmoe.checkpoint._shards import INDEX, read_json
-from jaxmoe.checkpoint._storage import FLOATS
+from jaxmoe.checkpoint._storage import BLOCK_FP8, FLOATS
 from jaxmoe.cli import _quantize_write as write
 from jaxmoe.cli._console import FailureError, argument, err, say
 from jaxmoe.cli._quantize_write import Job, Plan
@@ -57,11 +57,16 @@ def quantize(
             raise ValueError(f"{layout_name} {weight_format} stores no activation scales")
     _check_destination(src, dst, force)
     if layout.describe is None:
-        job = _own_job(src, layout, pattern, method)
-    else:
-        with open_folder(src) as folder:
-            scales = None if input_scales is None else _read_scales(input_scales)
-            job = _job(folder, layout, pattern, method, scales)
+        _run(_own_job(src, layout, pattern, method), pattern, dst)
+        return
+    with open_folder(src) as folder:
+        scales = None if input_scales is None else _read_scales(input_scales)
+        _run(_job(folder, layout, pattern, method, scales), pattern, dst)
+
+
+def _run(job: Job, pattern: re.Pattern[str], dst: Path) -> None:
+    """Does what was planned, and says what was done."""
+    src, layout = job.src, job.layout
     if not any(plan.chosen for plan in job.plans):
         names = [name for plan in job.plans for name in plan.source.entries]
         raise FailureError(
@@ -195,7 +200,7 @@ def _job(
     scales: Mapping[str, float] | None,
 ) -> Job:
     """A layout of another tool: a whole folder with its configuration."""
-    if folder.scheme is not None:
+    if folder.scheme is not None and folder.scheme.storages != (BLOCK_FP8,):
         raise FailureError(f"{folder.path} is quantised already: {folder.scheme}")
     if layout.name == "gpt-oss" and folder.config.get("model_type") != "gpt_oss":
         raise FailureError(
@@ -206,7 +211,7 @@ def _job(
     written: dict[str, str] = {}
     input_scales: dict[str, float] = {}
     for path in folder.files:
-        source = folder.header(path)
+        source, fp8 = _without_fp8(folder, folder.header(path))
         chosen = _chosen(path, source, layout, pattern, path)
         targets: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, entry in source.entries.items():
@@ -226,11 +231,29 @@ def _job(
             written[name] = path.name
         metadata = {"format": "pt", **source.metadata, "crc32": write.NO_CHECKSUM}
         header, beginning = layout_of(targets, metadata)
-        plans.append(Plan(path, source, chosen, header, beginning))
-    return Job(
-        folder.path, layout, method, tuple(plans), _texts(folder, layout, plans, written, scales),
-        input_scales,
-    )  # fmt: skip
+        plans.append(Plan(path, source, chosen, header, beginning, fp8))
+    texts = _texts(folder, layout, plans, written, scales)
+    return Job(folder.path, layout, method, tuple(plans), texts, input_scales, folder)
+
+
+def _without_fp8(folder: Folder, source: Header) -> tuple[Header, frozenset[str]]:
+    """A file as if its block-scaled FP8 weights were BF16; their names."""
+    entries, fp8 = {}, set()
+    for name, entry in source.entries.items():
+        if folder.scheme is not None:
+            if _is_fp8(folder, name, BLOCK_FP8.scale):
+                continue
+            if _is_fp8(folder, name, BLOCK_FP8.data):
+                fp8.add(name)
+                entry = Entry("BF16", entry.shape, entry.offset, 2 * entry.nbytes)
+        entries[name] = entry
+    return Header(entries, source.metadata, source.start), frozenset(fp8)
+
+
+def _is_fp8(folder: Folder, name: str, ending: str) -> bool:
+    """Whether a tensor is that part of a block-scaled FP8 weight."""
+    module = name.removesuffix(ending)
+    return module != name and folder.storage(module) is BLOCK_FP8
 
 
 def _transposed(shape: Sequence[int]) -> tuple[int, ...]:

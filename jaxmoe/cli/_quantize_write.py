@@ -20,9 +20,11 @@ import jax
 import numpy as np
 
 import jaxmoe
-from jaxmoe.checkpoint import CheckpointError, atomic_write, open_folder
+from jaxmoe.checkpoint import CheckpointError, Folder, atomic_write, open_folder
 from jaxmoe.checkpoint._layouts import Layout
-from jaxmoe.checkpoint._safetensors import DTYPES, Entry, Header, bytes_of, open_file, read_header
+from jaxmoe.checkpoint._safetensors import DTYPES, Header, bytes_of, open_file, read_header
+from jaxmoe.checkpoint._storage import BLOCK_FP8
+from jaxmoe.formats import BFLOAT16
 
 NO_CHECKSUM = "0" * 8
 
@@ -35,13 +37,17 @@ Advance = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What becomes of one file: which tensors are quantised, and the header of the result."""
+    """What becomes of one file: which tensors are quantised, and the header of the result.
+
+    In `source`, weights in block-scaled FP8 (`fp8`) count as BF16, and their scales are left out.
+    """
 
     path: Path
     source: Header
     chosen: frozenset[str]
     target: Header
     beginning: bytes
+    fp8: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +71,8 @@ class Job:
       plans: one for each safetensors file.
       texts: by path in `src`, what other files of the result hold instead of a copy.
       input_scales: the activations' scales by module.
+      folder: `src`, open, for weights that must be dequantised.
+      amax: the largest magnitudes that were found, by tensor.
     """
 
     src: Path
@@ -73,6 +81,8 @@ class Job:
     plans: tuple[Plan, ...]
     texts: Mapping[Path, str] = dataclasses.field(default_factory=dict)
     input_scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    folder: Folder | None = None
+    amax: dict[str, np.float32] = dataclasses.field(default_factory=dict)
 
     @property
     def left_out(self) -> list[str]:
@@ -120,14 +130,13 @@ def write_file(job: Job, plan: Plan, dst: Path, advance: Advance) -> None:
 
         for name, entry in plan.source.entries.items():
             if name not in plan.chosen:
-                for block in _blocks(file, entry):
+                for block in _blocks(job, plan, file, name):
                     place(name, block)
                     advance(block.nbytes)
                 continue
-            global_scale = _shared_scale(job, plan, name)
-            transposed = job.layout.name == "gpt-oss"
+            global_scale = _shared_scale(job, name)
             parts = job.layout.parts(name, entry.shape)
-            for matrix, size in _matrices(file, name, entry, transposed):
+            for matrix, size in _matrices(job, plan, file, name):
                 leaves = _quantize_matrix(matrix, job.layout.format.name, job.method, global_scale)
                 if job.layout.storage.inverse and len(leaves) == 3:
                     leaves[2] = np.float32(1) / leaves[2]
@@ -144,16 +153,31 @@ def write_file(job: Job, plan: Plan, dst: Path, advance: Advance) -> None:
         _check_written(out, dst, plan, checksums)
 
 
-def _blocks(file: BinaryIO, entry: Entry) -> Iterator[np.ndarray]:
+def _blocks(job: Job, plan: Plan, file: BinaryIO, name: str) -> Iterator[np.ndarray]:
+    """The bytes of a tensor that is copied."""
+    entry = plan.source.entries[name]
+    if name in plan.fp8:
+        yield np.frombuffer(bytes_of(_dequantized(job, name, BFLOAT16)), np.uint8)
+        return
     for start in range(0, entry.nbytes, _COPY):
         file.seek(entry.offset + start)
         yield np.frombuffer(file.read(min(_COPY, entry.nbytes - start)), np.uint8)
 
 
-def _matrices(
-    file: BinaryIO, name: str, entry: Entry, transposed: bool = False
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Each matrix [N, K] in f32, with the bytes that it took in the file."""
+def _dequantized(job: Job, name: str, dtype: Any) -> np.ndarray:
+    assert job.folder is not None
+    weight = job.folder.matrix(name.removesuffix(BLOCK_FP8.data), dtype=dtype)
+    assert isinstance(weight, np.ndarray)
+    return weight
+
+
+def _matrices(job: Job, plan: Plan, file: BinaryIO, name: str) -> Iterator[tuple[np.ndarray, int]]:
+    """Each matrix [N, K] in f32, with the bytes that it counts for."""
+    entry = plan.source.entries[name]
+    if name in plan.fp8:
+        yield _dequantized(job, name, np.float32), entry.nbytes
+        return
+    transposed = job.layout.name == "gpt-oss"
     *leading, n, k = entry.shape
     size = n * k * DTYPES[entry.dtype].itemsize
     for index in range(math.prod(leading)):
@@ -183,12 +207,12 @@ def _quantize_matrix(
     return [np.asarray(leaf) for leaf in leaves if leaf is not None]
 
 
-def _shared_scale(job: Job, plan: Plan, name: str) -> np.float32 | None:
+def _shared_scale(job: Job, name: str) -> np.float32 | None:
     """The global scale that a tensor shares with its siblings; None where each has its own."""
     if not job.layout.shared or not job.layout.format.has_global_scale:
         return None
     homes = {n: p for p in job.plans for n in job.layout.siblings(name) if n in p.chosen}
-    amax = max(_amax(other.path, n, other.source.entries[n]) for n, other in homes.items())
+    amax = max(_amax(job, plan, n) for n, plan in homes.items())
     scale = max(np.float32(float(amax) / (448 * 6)), np.float32(2.0**-112))
     while job.layout.storage.inverse and (again := _through_reciprocal(scale)) != scale:
         scale = again  # what a reader of the reciprocal will find
@@ -199,10 +223,12 @@ def _through_reciprocal(scale: np.float32) -> np.float32:
     return np.float32(np.float32(1) / (np.float32(1) / scale))
 
 
-@functools.lru_cache(maxsize=64)
-def _amax(path: Path, name: str, entry: Entry) -> np.float32:
-    with open_file(path) as file:
-        return max(np.abs(matrix).max() for matrix, _ in _matrices(file, name, entry))
+def _amax(job: Job, plan: Plan, name: str) -> np.float32:
+    if name not in job.amax:
+        with open_file(plan.path) as file:
+            matrices = _matrices(job, plan, file, name)
+            job.amax[name] = max(np.abs(matrix).max() for matrix, _ in matrices)
+    return job.amax[name]
 
 
 def _check_written(out: BinaryIO, dst: Path, plan: Plan, checksums: Mapping[str, int]) -> None:
