@@ -143,3 +143,19 @@ def fp8(block=(16, 32)):
             blocks = (-(-rows // block[0]), -(-k // block[1]))
             tensors[f"{module}.weight_scale_inv"] = r.random(blocks, np.float32) + np.float32(0.01)
     return tensors
+
+
+def write_shards(path, tensors, count=3, quantization=None):
+    """Writes a folder with an index and `count` files; returns it."""
+    write(path, {}, quantization)
+    (path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    mapping = {}
+    for i in range(count):
+        file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        part = {name: tensors[name] for name in names[i::count]}
+        checkpoint.save(path / file, part, {"format": "pt"})
+        mapping |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": mapping}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path

@@ -24,6 +24,7 @@ from folders import (
     packed,
     plain,
     write,
+    write_shards,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -70,22 +71,6 @@ def header(path, change):
     new = change(text)
     new = new if isinstance(new, bytes) else json.dumps(text).encode()
     path.write_bytes(struct.pack("<Q", len(new)) + new + content[8 + length :])
-
-
-def sharded(path):
-    tensors = plain()
-    names = sorted(tensors)
-    write(path, {})
-    (path / FILE).unlink()
-    mapping = {}
-    for i, file in enumerate(
-        ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    ):
-        part = {name: tensors[name] for name in names[i::2]}
-        checkpoint.save(path / file, part)
-        mapping |= dict.fromkeys(part, file)
-    (path / INDEX).write_text(json.dumps({"weight_map": mapping}))
-    return path
 
 
 def edit_json(path, change):
@@ -466,7 +451,7 @@ SHARDS = {
 @pytest.mark.parametrize("damage", SHARDS)
 def test_damaged_shards(tmp_path, damage):
     change, message = SHARDS[damage]
-    change(sharded(tmp_path))
+    change(write_shards(tmp_path, plain(), 2))
     with pytest.raises(CheckpointError, match=message) as error:
         read(tmp_path)
     assert str(tmp_path) in str(error.value)

@@ -31,6 +31,7 @@ from folders import (
     packed,
     plain,
     write,
+    write_shards,
 )
 
 import jaxmoe
@@ -412,25 +413,9 @@ def test_loaded_experts_compute(tmp_path):
 # --- shards -------------------------------------------------------------------------------------
 
 
-def shard(path, tensors, count=3, quantization=None):
-    """Writes a folder with an index and `count` files."""
-    write(path, {}, quantization)
-    (path / "model.safetensors").unlink()
-    names = sorted(tensors)
-    mapping = {}
-    for i in range(count):
-        file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        part = {name: tensors[name] for name in names[i::count]}
-        checkpoint.save(path / file, part)
-        mapping |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 1}, "weight_map": mapping}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    return path
-
-
 def test_shards(tmp_path):
     tensors = modelopt()
-    with open_folder(shard(tmp_path, tensors, quantization=MODELOPT)) as folder:
+    with open_folder(write_shards(tmp_path, tensors, quantization=MODELOPT)) as folder:
         assert folder.names == tuple(sorted(tensors))
         assert len(folder.files) == 3
         check_nvfp4(tensors, folder.experts(PREFIX, num_experts=E))
@@ -438,14 +423,14 @@ def test_shards(tmp_path):
 
 def test_shards_without_an_index(tmp_path):
     tensors = plain()
-    shard(tmp_path, tensors)
+    write_shards(tmp_path, tensors)
     (tmp_path / "model.safetensors.index.json").unlink()
     with open_folder(tmp_path) as folder:
         assert folder.names == tuple(sorted(tensors))
 
 
 def test_files_that_the_index_does_not_name_are_ignored(tmp_path):
-    shard(tmp_path, plain())
+    write_shards(tmp_path, plain())
     checkpoint.save(tmp_path / "consolidated.safetensors", {"tok": np.zeros(3)})
     with open_folder(tmp_path) as folder:
         assert "tok" not in folder

@@ -25,6 +25,7 @@ from folders import (
     modelopt,
     plain,
     write,
+    write_shards,
 )
 
 import jaxmoe
@@ -246,26 +247,10 @@ def test_layouts_and_models_that_do_not_fit(run, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def shards(path, count=3):
-    tensors = plain()
-    names = sorted(tensors)
-    write(path, {})
-    (path / "model.safetensors").unlink()
-    mapping = {}
-    for i in range(count):
-        file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        part = {name: tensors[name] for name in names[i::count]}
-        checkpoint.save(path / file, part, {"format": "pt"})
-        mapping |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 1}, "weight_map": mapping}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    return path
-
-
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
 def test_gate_and_up_in_different_shards_share_a_scale(run, tmp_path, layout):
     src, dst, whole = (tmp_path / name for name in ("src", "dst", "whole"))
-    shards(src)
+    write_shards(src, plain())
     one = write(tmp_path / "one", plain())
     for a, b in ((src, dst), (one, whole)):
         assert run("quantize", a, b, "--format", "nvfp4", "--layout", layout)[0] == 0
@@ -280,7 +265,7 @@ def test_gate_and_up_in_different_shards_share_a_scale(run, tmp_path, layout):
 
 
 def test_files_outside_the_index_are_left_out_and_named(run, tmp_path):
-    src = shards(tmp_path / "src")
+    src = write_shards(tmp_path / "src", plain())
     checkpoint.save(src / "consolidated.safetensors", {"tok": np.zeros(3)})
     arguments = ("--format", "nvfp4", "--layout", "modelopt")
     code, _, err = run("quantize", src, tmp_path / "dst", *arguments)
@@ -377,7 +362,7 @@ KILLED = """
 )
 def test_killed_at_any_point(run, tmp_path, layout, step):
     """kill -9 leaves no folder that looks complete, and the same command finishes it."""
-    src, dst = shards(tmp_path / "src"), tmp_path / "dst"
+    src, dst = write_shards(tmp_path / "src", plain()), tmp_path / "dst"
     arguments = ["quantize", src, dst, "--format", "nvfp4", "--layout", layout]
     code = "\n".join(line.removeprefix("    ") for line in KILLED.splitlines())
     process = subprocess.Popen(
