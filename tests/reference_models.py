@@ -2,10 +2,10 @@
 
     python tests/reference_models.py tests/data/models
 
-writes a folder for each family: what `save_pretrained` makes of random bf16 weights, and
-`reference.safetensors` with the texts and the float32 logits that `transformers` computes for each
-text alone, all at once and then token by token with its cache. `test_families.py` reads the folders
-where torch is not installed, and makes new ones where it is.
+writes a folder for each family, what `save_pretrained` makes of random bf16 weights, and a file
+with texts and the float32 logits that `transformers` computes for each text alone, the prompt at
+once and then token by token with its cache; and again with the experts' weights rounded to FP4.
+`test_families.py` reads them where torch is not installed, and makes new ones where it is.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "num_hidden_layers": 4,
             "head_dim": 16,
-            "intermediate_size": 16,
+            "intermediate_size": 32,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "sliding_window": 6,
@@ -143,12 +143,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+FP4 = {family: "mxfp4" if family == "gpt_oss" else "nvfp4" for family in CONFIGS}
+"""The format that each family's experts are rounded to."""
+
+
 def make(family: str, folder: Path, seed: int = 0) -> Any:
     """Writes a random bf16 checkpoint, and returns the model that reads it back in float32."""
     import torch
     import transformers
 
     name, options = CONFIGS[family]
+    torch.manual_seed(seed)  # what stays as the model makes it
     config_class = getattr(transformers, f"{name}{'Text' if family == 'llama4' else ''}Config")
     config = config_class(**{**_COMMON, **options})
     model = getattr(transformers, f"{name}ForCausalLM")(config)
@@ -212,21 +217,82 @@ def logits(model: Any, rows: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndar
     return out
 
 
+def round_experts(family: str, source: Path, target: Path) -> Any:
+    """Writes a checkpoint in float32 with experts rounded to FP4; returns the model that reads it.
+
+    The rounding is that of `load_pretrained(source, weight_format=FP4[family])`.
+    """
+    import shutil
+
+    import jax.numpy as jnp
+    from safetensors.numpy import save_file
+
+    from jaxmoe import checkpoint, dequantize, models
+
+    target.mkdir(parents=True)
+    shutil.copy(source / "config.json", target)
+    tensors = {
+        name: np.asarray(value, np.float32)
+        for name, value in checkpoint.load(source / "model.safetensors").items()
+    }
+    rounded = models.load_pretrained(source, weight_format=FP4[family], prepare=False)
+    separate = ("w1", "w3", "w2")
+    if any(name.endswith("gate_proj.weight") for name in tensors):
+        separate = ("gate_proj", "up_proj", "down_proj")
+    replaced = set()
+    for index, block in enumerate(rounded.layers):
+        if block.moe is None:
+            continue
+        weights = block.moe.experts()
+        gate_up, down = (
+            np.asarray(dequantize(w, jnp.float32)) for w in (weights.gate_up, weights.down)
+        )
+        (prefix,) = {
+            name.split(".experts.")[0] + ".experts"
+            for name in tensors
+            if f".layers.{index}." in name and ".experts." in name
+        }
+        if f"{prefix}.gate_up_proj" in tensors:
+            if family == "gpt_oss":
+                gate_up = np.stack(np.split(gate_up, 2, 1), 2).reshape(gate_up.shape)
+            new = {"gate_up_proj": gate_up.swapaxes(1, 2), "down_proj": down.swapaxes(1, 2)}
+        else:
+            parts = (*np.split(gate_up, 2, 1), down)
+            new = {
+                f"{e}.{name}.weight": part[e]
+                for name, part in zip(separate, parts, strict=True)
+                for e in range(len(down))
+            }
+        for name, value in new.items():
+            assert tensors[f"{prefix}.{name}"].shape == value.shape, name
+            tensors[f"{prefix}.{name}"] = np.ascontiguousarray(value)
+            replaced.add(f"{prefix}.{name}")
+    experts = {name for name in tensors if ".experts." in name and not name.endswith("bias")}
+    assert replaced == experts
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return read(target)
+
+
 def main(folder: Path) -> None:
     """Writes the folders of all families."""
+    import tempfile
+
     from safetensors.numpy import save_file
 
     for family in CONFIGS:
         model = make(family, folder / family)
+        (folder / family / "generation_config.json").unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            rounded = round_experts(family, folder / family, Path(scratch) / "fp4")
         rows = texts()
-        tensors = {}
-        for i, (row, (whole, cached)) in enumerate(zip(rows, logits(model, rows), strict=True)):
-            print(f"{family} row {i}: cache changes {np.abs(whole - cached).max():.1e} of "
-                  f"{np.abs(whole).max():.1f}")  # fmt: skip
-            tensors |= {f"tokens.{i}": row, f"logits.{i}": cached}
+        tensors = {f"tokens.{i}": row for i, row in enumerate(rows)}
+        for name, judge in (("logits", model), ("fp4", rounded)):
+            for i, (whole, cached) in enumerate(logits(judge, rows)):
+                change = np.abs(whole - cached).max() / np.abs(whole).max()
+                print(f"{family} {name} row {i}: the cache changes {change:.1e}")
+                tensors[f"{name}.{i}"] = cached
         # Not beside the checkpoint: a loader reads every safetensors file of a folder.
         save_file(tensors, folder / f"{family}.safetensors")
-        (folder / family / "generation_config.json").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

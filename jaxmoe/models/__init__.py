@@ -17,6 +17,7 @@ from jaxmoe.models._config import DecoderConfig as DecoderConfig
 from jaxmoe.models._decoder import Decoder as Decoder
 from jaxmoe.models._decoder import DecoderAux as DecoderAux
 from jaxmoe.models._evaluation import bits_per_byte as bits_per_byte
+from jaxmoe.models._families import read_config as read_config
 from jaxmoe.models._generation import SEPARATOR as SEPARATOR
 from jaxmoe.models._generation import generate as generate
 from jaxmoe.models._generation import generate_text as generate_text
@@ -30,5 +31,9 @@ from jaxmoe.models._sampling import Sampling as Sampling
 from jaxmoe.models._sampling import sample as sample
 from jaxmoe.models._storage import available_formats as available_formats
 from jaxmoe.models._storage import bundled as bundled
+from jaxmoe.models._storage import is_own as is_own
 from jaxmoe.models._storage import load as load
 from jaxmoe.models._storage import save as save
+from jaxmoe.models._text import ByteText as ByteText
+from jaxmoe.models._text import TextStream as TextStream
+from jaxmoe.models._text import Tokenizer as Tokenizer

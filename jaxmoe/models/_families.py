@@ -203,6 +203,7 @@ def _gpt_oss(c: Config) -> tuple[Architecture, Names]:
 def _deepseek_v3(c: Config) -> tuple[Architecture, Names]:
     c.only("scoring_func", "sigmoid")
     c.only("topk_method", "noaux_tc")
+    c.only("moe_layer_freq", 1)
     p, scaling = _scaling(c)
     rope = Rope(
         c["qk_rope_head_dim"],
@@ -247,6 +248,8 @@ def _deepseek_v3(c: Config) -> tuple[Architecture, Names]:
 
 def _minimax_m2(c: Config) -> tuple[Architecture, Names]:
     c.only("scoring_func", "sigmoid")
+    c.only("use_routing_bias", True)
+    c.only("qk_norm_type", "per_layer")
     head_dim = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
     rope = _rope(c, head_dim, theta=5e6)
     if (dim := c.get("rotary_dim")) is not None:

@@ -101,7 +101,7 @@ def load_pretrained(
     with open_folder(path) as source:
         try:
             config, names = read_config(source.config)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise CheckpointError(path / "config.json", str(error)) from error
         options = {"attention": attention, "dtype": dtype, "param_dtype": dtype}
         model = nnx.eval_shape(lambda: Decoder(config, scan=False, **options, rngs=nnx.Rngs(0)))

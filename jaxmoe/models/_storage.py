@@ -46,6 +46,16 @@ def bundled() -> Path:
     return Path(__file__).parents[1] / "data" / "tiny"
 
 
+def is_own(folder: str | os.PathLike[str]) -> bool:
+    """Whether `load` is to read a folder, and not `load_pretrained`.
+
+    >>> is_own(bundled())
+    True
+    """
+    folder = Path(folder)
+    return (folder / _DECODER).exists() or not (folder / _CONFIG).exists()
+
+
 def available_formats(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     """Returns the names of the formats in which a folder holds the experts.
 
