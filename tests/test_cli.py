@@ -16,7 +16,7 @@ from test_text import write_tokenizer
 
 import jaxmoe
 from jaxmoe import benchmark, checkpoint, kernels, tuning
-from jaxmoe.cli import _doctor, _explain, _generate, _quantize, _tune, main
+from jaxmoe.cli import _doctor, _explain, _generate, _quantize, _quantize_write, _tune, main
 from jaxmoe.kernels import cpu
 
 MACHINE = benchmark.Machine("test machine", "cpu", bandwidth=1e10, peak=1e11, cache_bytes=0)
@@ -513,14 +513,10 @@ def test_quantize_tensors_that_it_cannot(run, tmp_path, tensor, complaint):
     assert _files(tmp_path) == ["in.safetensors"]
 
 
-@pytest.mark.parametrize("folder", [False, True])
-def test_an_interrupted_quantize_leaves_nothing(run, tmp_path, source, monkeypatch, folder):
-    src = source[0]
-    if folder:
-        (tmp_path / "src").mkdir()
-        src = src.rename(tmp_path / "src" / "a.safetensors").parent
-    before = _files(tmp_path)
-    calls = []
+@pytest.fixture
+def full_disk(monkeypatch):
+    """The disk is full after two matrices; returns what makes room again."""
+    quantize_matrix, calls = _quantize_write._quantize_matrix, []
 
     def fails(*args):
         calls.append(args)
@@ -528,11 +524,49 @@ def test_an_interrupted_quantize_leaves_nothing(run, tmp_path, source, monkeypat
             raise OSError("no space left on device")
         return quantize_matrix(*args)
 
-    quantize_matrix = _quantize._quantize_matrix
-    monkeypatch.setattr(_quantize, "_quantize_matrix", fails)
-    code, _, err = run("quantize", src, tmp_path / "dst", "--format", "nvfp4")
+    monkeypatch.setattr(_quantize_write, "_quantize_matrix", fails)
+    return lambda: monkeypatch.setattr(_quantize_write, "_quantize_matrix", quantize_matrix)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_an_interrupted_quantize_of_a_file_leaves_nothing(run, tmp_path, source):
+    before = _files(tmp_path)
+    code, _, err = run("quantize", source[0], tmp_path / "dst", "--format", "nvfp4")
     assert (code, err) == (1, "jaxmoe: error: no space left on device\n")
     assert _files(tmp_path) == before
+
+
+def test_an_interrupted_quantize_of_a_folder_goes_on(run, tmp_path, source, full_disk):
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    src.mkdir()
+    checkpoint.save(src / "0.safetensors", {"moe.down": _random(1, 4, 32)})
+    source[0].rename(src / "1.safetensors")
+    (src / "config.json").write_text("{}")
+    code, _, err = run("quantize", src, dst, "--format", "nvfp4")
+    assert (code, err) == (1, "jaxmoe: error: no space left on device\n")
+    assert not dst.exists()
+    partial = tmp_path / ".dst.partial"
+    assert _files(partial) == ["0.safetensors", "job.json"]  # without config.json, no checkpoint
+    full_disk()
+    written = (partial / "0.safetensors").stat().st_ino
+    code, _, err = run("quantize", src, dst, "--format", "nvfp4")
+    assert code == 0
+    assert "1 of 2 files were there from before" in plain(err)
+    assert (dst / "0.safetensors").stat().st_ino == written
+    assert _files(dst) == _files(src)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
+
+
+def test_an_interrupted_quantize_of_another_job_is_thrown_away(run, tmp_path, source, full_disk):
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    src.mkdir()
+    checkpoint.save(src / "0.safetensors", {"moe.down": _random(1, 4, 32)})
+    source[0].rename(src / "1.safetensors")
+    run("quantize", src, dst, "--format", "nvfp4")
+    full_disk()
+    code, _, err = run("quantize", src, dst, "--format", "mxfp4")
+    assert (code, "from before" in err) == (0, False)
+    assert checkpoint.load(dst / "0.safetensors")["moe.down"].format.name == "mxfp4"
 
 
 # --- generate -----------------------------------------------------------------------------------

@@ -219,17 +219,56 @@ def quantize(
         Literal["amax", "mse"], Option(help="How scales are chosen; mse searches and is slower.")
     ] = "amax",
     force: Annotated[bool, Option("--force", help="Replace DST if it exists.")] = False,
+    layout: Annotated[
+        Literal["jaxmoe", "modelopt", "compressed-tensors", "gpt-oss"],
+        Option(help="Whose names and configuration the result has; all but jaxmoe need a folder."),
+    ] = "jaxmoe",
+    input_scales: Annotated[
+        Path | None,
+        Option(
+            exists=True,
+            dir_okay=False,
+            help="JSON file with the scale of each quantised module's input (its largest magnitude "
+            "/ 2688) by name or pattern; without it, only weights are FP4.",
+        ),
+    ] = None,
 ) -> None:
     """Quantise the expert weights of a checkpoint, tensor by tensor.
 
     Weights are taken as [N, K] or [E, N, K], with the contracted axis K last. Everything else is
-    copied unchanged. DST appears when it is complete; read it with jaxmoe.checkpoint.load.
+    copied unchanged. DST appears when it is complete and was checked; an interrupted run of a
+    folder goes on where it was when the same command is run again. Read the result with
+    jaxmoe.checkpoint.open_folder (a folder) or jaxmoe.checkpoint.load (a file of layout jaxmoe).
     """
     from jaxmoe.cli._quantize import quantize as command
 
     command(
-        src=src, dst=dst, weight_format=weight_format, include=include, method=method, force=force
+        src=src,
+        dst=dst,
+        weight_format=weight_format,
+        include=include,
+        method=method,
+        force=force,
+        layout_name=layout,
+        input_scales=input_scales,
     )
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, Argument(exists=True, help="A Hugging Face folder.")],
+    deep: Annotated[
+        bool, Option("--deep", help="Also read the values of all scales, not only headers.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """List what a checkpoint folder holds: formats, sizes and problems.
+
+    Exits with 1 if there are problems.
+    """
+    from jaxmoe.cli._inspect import inspect as command
+
+    command(folder=folder, deep=deep, as_json=json)
 
 
 @app.command()
