@@ -381,3 +381,22 @@ def test_bfloat16_is_near(family):
     for i, right in enumerate(expected):
         error = np.abs(np.asarray(logits[i])[valid[i]] - right).max(-1) / np.abs(right).max()
         assert np.median(error) < 5e-2
+
+
+@pytest.mark.parametrize(("family", "layout"), [("qwen3_moe", "modelopt"), ("gpt_oss", "gpt-oss")])
+def test_checkpoints_that_other_tools_read(family, layout, tmp_path):
+    """What `jaxmoe quantize` writes loads as FP4, with the logits of the rounded experts."""
+    pytest.importorskip("typer", reason="needs the cli extra")
+    from jaxmoe.cli import main
+
+    arguments = ["quantize", DATA / family, tmp_path / "fp4", "--format", FP4[family]]
+    include = r"\.experts\.(\d+\.)?(w[123]|\w+_proj)(\.weight)?$"
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in (*arguments, "--layout", layout, "--include", include)])
+    assert ended.value.code == 0
+    model = models.load_pretrained(tmp_path / "fp4")
+    assert {block.moe.weight_format for block in model.layers if block.moe} == {FP4[family]}
+    check_decode(model, *recorded(family, "fp4"), "right", tolerance=1e-2)
+    other = {"nvfp4": "mxfp4", "mxfp4": "nvfp4"}[FP4[family]]
+    with pytest.raises(checkpoint.CheckpointError, match="already; load them without"):
+        models.load_pretrained(tmp_path / "fp4", weight_format=other)

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmoe.checkpoint import CheckpointError
+from jaxmoe.checkpoint import CheckpointError, Folder, open_folder
 from jaxmoe.formats import get_format
 from jaxmoe.models import _architecture as architecture
 from jaxmoe.models._attention import Implementation
 from jaxmoe.models._decoder import Decoder
 from jaxmoe.models._families import Names, read_config
-from jaxmoe.models._folder import Folder, open_folder
 from jaxmoe.nn import MoE
 from jaxmoe.nn._variables import assign
 from jaxmoe.nn._variables import value as variable_value
@@ -122,7 +121,7 @@ class _Reader:
         self.folder = folder
         self.path = path
         self.names = names
-        self.dtype = dtype
+        self.dtype = np.dtype(dtype)
         self.quantize = quantize
 
     def fill(self, variable: Any, value: np.ndarray, name: str) -> None:
@@ -138,7 +137,7 @@ class _Reader:
 
     def matrix(self, name: str) -> np.ndarray:
         """A module's weight `[out, in]`, dequantised if it is quantised."""
-        weight: Any = self.folder.linear(name)
+        weight: Any = self.folder.linear(name, dtype=self.dtype)
         if isinstance(weight, QuantizedTensor):
             weight = dequantize(weight, self.dtype)
         return np.asarray(weight)
