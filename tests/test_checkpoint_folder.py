@@ -521,6 +521,11 @@ MESH = """
     with open_folder(sys.argv[1]) as folder:
         whole = folder.experts("model.layers.0.mlp.experts", num_experts=4)
         split = folder.experts("model.layers.0.mlp.experts", num_experts=4, sharding=sharding)
+        elsewhere = jax.device_put(np.float32(1), devices[1, 1])
+        assert (whole.down.global_scale * elsewhere).devices() == {devices[1, 1]}
+        with jax.default_device(devices[0, 1]):
+            moved = folder.experts("model.layers.0.mlp.experts", num_experts=4)
+        assert moved.gate_up.data.devices() == {devices[0, 1]}
         for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
             assert b.sharding == sharding, b.sharding
             assert {s.data.shape[0] for s in b.addressable_shards} == {2}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, Sharding
 
 from jaxmoe.checkpoint._safetensors import CheckpointError
 from jaxmoe.checkpoint._storage import GPT_OSS
@@ -76,6 +76,8 @@ def load(
     source: _Source
     if any(f"{prefix}.gate_up_proj{ending}" in folder for ending in ("", "_blocks", ".data")):
         order = FUSED_ORDER.get(str(folder.config.get("model_type")), (False, False))
+        if f"{prefix}.gate_up_proj_blocks" in folder:
+            order = FUSED_ORDER["gpt_oss"]
         source = _Fused(
             folder, prefix, num_experts, options,
             order[0] if transposed is None else transposed,
@@ -88,8 +90,6 @@ def load(
 
 def _stream(source: _Source, sharding: Sharding | None) -> LoadedExperts:
     count = source.num_experts
-    if sharding is None:
-        sharding = SingleDeviceSharding(jax.local_devices()[0])
     if isinstance(sharding, NamedSharding) and any(axes is not None for axes in sharding.spec[1:]):
         raise ValueError(
             f"sharding must split the experts' axis alone, got {sharding.spec}; use "
@@ -125,29 +125,30 @@ def _stream(source: _Source, sharding: Sharding | None) -> LoadedExperts:
     return LoadedExperts(weights, *source.input_scales(), report)
 
 
-def _local_experts(sharding: Sharding, count: int) -> list[int]:
-    wanted: set[int] = set()
-    for index in sharding.addressable_devices_indices_map((count,)).values():
-        wanted.update(_range(index, count))
-    return sorted(wanted)
+def _local_experts(sharding: Sharding | None, count: int) -> list[int]:
+    return sorted(set().union(*_owned(sharding, (count,)).values()))
 
 
-def _range(index: tuple[slice, ...] | None, count: int) -> range:
-    """The experts that a device holds."""
-    return range(count) if index is None else range(*index[0].indices(count))
+def _owned(sharding: Sharding | None, shape: tuple[int, ...]) -> dict[Any, range]:
+    """The experts of each device of this host; None stands for the default device."""
+    if sharding is None:
+        return {None: range(shape[0])}
+    return {
+        device: range(shape[0]) if index is None else range(*index[0].indices(shape[0]))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    }
 
 
 class _Stack:
     """One array `[E, ...]` over the devices of a sharding, filled expert by expert."""
 
-    def __init__(self, count: int, leaf: np.ndarray, sharding: Sharding):
+    def __init__(self, count: int, leaf: np.ndarray, sharding: Sharding | None):
         self.shape = (count, *leaf.shape)
         self.sharding = sharding
-        self.parts: dict[Any, tuple[range, jax.Array]] = {}
-        for device, index in sharding.addressable_devices_indices_map(self.shape).items():
-            owned = _range(index, count)
-            shape = (len(owned), *leaf.shape)
-            self.parts[device] = owned, jnp.zeros(shape, leaf.dtype, device=device)
+        self.parts: dict[Any, tuple[range, jax.Array]] = {
+            device: (owned, jnp.zeros((len(owned), *leaf.shape), leaf.dtype, device=device))
+            for device, owned in _owned(sharding, self.shape).items()
+        }
 
     def put(self, e: int, leaf: np.ndarray) -> None:
         for device, (owned, buffer) in self.parts.items():
@@ -159,6 +160,8 @@ class _Stack:
 
     def result(self) -> jax.Array:
         buffers = [buffer for _, buffer in self.parts.values()]
+        if self.sharding is None:  # as from jnp.asarray: not committed to the device
+            return buffers[0]
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, buffers)
 
 

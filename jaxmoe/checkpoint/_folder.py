@@ -38,7 +38,7 @@ Weight = QuantizedTensor | np.ndarray
 def open_folder(path: os.PathLike[str] | str) -> Folder:
     """Opens a folder with `config.json` and safetensors files, as Hugging Face lays them out.
 
-    >>> import json, pathlib, tempfile
+    >>> import json, pathlib, tempfile, numpy as np
     >>> import jaxmoe.checkpoint
     >>> path = pathlib.Path(tempfile.mkdtemp())
     >>> _ = (path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
