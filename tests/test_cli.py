@@ -2,14 +2,17 @@
 
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_text import write_tokenizer
 
 import jaxmoe
 from jaxmoe import benchmark, checkpoint, kernels, tuning
@@ -610,10 +613,47 @@ def test_generate_runs_the_best_kernel_and_says_why(run, model_folder):
     assert re.search(r"kernel: \w+ \(w4a16\), the best that can run here", err)
 
 
+@pytest.fixture(scope="module")
+def pretrained_folder(tmp_path_factory):
+    """A tiny Qwen3-MoE checkpoint as on Hugging Face, with a tokenizer."""
+    pytest.importorskip("flax", reason="needs the flax extra")
+    source = Path(__file__).parent / "data" / "models" / "qwen3_moe"
+    folder = tmp_path_factory.mktemp("hf") / "m"
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}:"
+    write_tokenizer(folder, vocab_size=48, template=template)
+    for path in source.iterdir():
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_generate_from_a_hugging_face_folder(run, pretrained_folder):
+    arguments = ("generate", pretrained_folder, "AB", "--max-new-tokens", 20, "--batch", 3)
+    code, answer, err = run(*arguments)
+    assert code == 0
+    assert "new tokens; read in" in err
+    assert "layers 0, 2: kernel: xla" in err
+    code, raw, err = run(*arguments, "--raw", "--format", "nvfp4", "--implementation", "xla")
+    assert code == 0
+    assert raw.startswith("AB")
+    assert "layers 0, 2: kernel: xla (w4a16), as requested" in err
+    assert answer != raw
+
+
+def test_generate_takes_one_prompt(run, pretrained_folder, tmp_path):
+    code, _, err = run("generate", pretrained_folder, "A", "B")
+    assert code == 2
+    assert "must be one argument, got 2" in plain(err)
+    shutil.copytree(pretrained_folder, tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    code, _, err = run("generate", tmp_path / "m", "A")
+    assert code == 1
+    assert "tokenizer.json: missing" in err
+
+
 def test_generate_text_that_does_not_fit(run, model_folder):
     code, out, err = run("generate", "x" * 90, "--model", model_folder, "--max-new-tokens", 50)
     assert (code, out) == (2, "")
-    assert "must fit into 96 bytes" in plain(err)
+    assert "must fit into 96 tokens" in plain(err)
 
 
 def test_generate_without_a_model(run, tmp_path):
@@ -638,6 +678,10 @@ def test_rates_separate_prefill_from_decode():
     assert clock.rates(100) == (50.0, 8.0)
     clock.arrivals = clock.arrivals[:1]
     assert clock.rates(100) == (None, None)
+
+
+def test_layers_of_one_kernel_are_named_together():
+    assert _generate._ranges([0, 2, 3, 4, 7, 8]) == "0, 2-4, 7-8"
 
 
 # --- bench --------------------------------------------------------------------------------------
