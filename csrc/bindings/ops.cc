@@ -9,12 +9,6 @@ constexpr auto kF32 = ffi::DataType::F32;
 constexpr auto kS32 = ffi::DataType::S32;
 constexpr auto kU8 = ffi::DataType::U8;
 
-void check_optional(Check& check, const char* name, const ffi::AnyBuffer& buffer,
-                    const std::vector<int64_t>& dims) {
-  const bool absent = buffer.dimensions().size() == 1 && buffer.dimensions()[0] == 0;
-  check.buffer(name, buffer, {kF32}, absent ? std::vector<int64_t>{0} : dims);
-}
-
 void check_block_multiple(Check& check, const char* name, int64_t value, std::string_view format) {
   const int block = cpu::block_size(*cpu::parse_format(format));
   check.require(value > 0 && value % block == 0,
@@ -23,6 +17,12 @@ void check_block_multiple(Check& check, const char* name, int64_t value, std::st
 }
 
 }  // namespace
+
+void check_optional(Check& check, const char* name, const ffi::AnyBuffer& buffer,
+                    const std::vector<int64_t>& dims) {
+  const bool absent = buffer.dimensions().size() == 1 && buffer.dimensions()[0] == 0;
+  check.buffer(name, buffer, {kF32}, absent ? std::vector<int64_t>{0} : dims);
+}
 
 void check_format(Check& check, std::string_view format) {
   check.require(cpu::parse_format(format).has_value(),

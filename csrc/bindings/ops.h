@@ -3,10 +3,12 @@
 #ifndef JAXMOE_CSRC_BINDINGS_OPS_H_
 #define JAXMOE_CSRC_BINDINGS_OPS_H_
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 
 #include "bindings/check.h"
@@ -64,26 +66,39 @@ void check_buffers(Check& check, const GroupedMatmulCall& call,
                    std::initializer_list<ffi::DataType> x_dtypes,
                    std::initializer_list<ffi::DataType> out_dtypes, int64_t w_bytes);
 void check_workspace(Check& check, const ffi::AnyBuffer& workspace, int64_t needed);
+// f32 of `dims`, or f32[0] where there is none.
+void check_optional(Check& check, const char* name, const ffi::AnyBuffer& buffer,
+                    const std::vector<int64_t>& dims);
+
+// At least one: a binding itself can be neither copied nor moved.
+template <size_t count, class Binding>
+auto bind_buffers(Binding&& binding) {
+  if constexpr (count == 1) {
+    return std::move(binding).template Arg<ffi::AnyBuffer>();
+  } else {
+    return bind_buffers<count - 1>(std::move(binding).template Arg<ffi::AnyBuffer>());
+  }
+}
 
 // `Context` is what XLA passes before the operands: a thread pool, a stream. A library's own
-// attributes are bound after these.
-template <class Context>
+// attributes are bound after these; `scales` is the number of input scales that it takes.
+template <class Context, size_t scales = 0>
 auto moe_mlp_binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<Context>()
-      .template Arg<ffi::AnyBuffer>()  // x
-      .template Arg<ffi::AnyBuffer>()  // gate_up
-      .template Arg<ffi::AnyBuffer>()  // gate_up_global
-      .template Arg<ffi::AnyBuffer>()  // down
-      .template Arg<ffi::AnyBuffer>()  // down_global
-      .template Arg<ffi::AnyBuffer>()  // gate_up_bias
-      .template Arg<ffi::AnyBuffer>()  // down_bias
-      .template Arg<ffi::AnyBuffer>()  // activation_params
-      .template Arg<ffi::AnyBuffer>()  // expert_ids
-      .template Arg<ffi::AnyBuffer>()  // weights
-      .template Arg<ffi::AnyBuffer>()  // expert_offset
-      .template Ret<ffi::AnyBuffer>()  // out
-      .template Ret<ffi::AnyBuffer>()  // workspace
+  return bind_buffers<1 + scales>(  // activation_params, input scales
+             ffi::Ffi::Bind()
+                 .Ctx<Context>()
+                 .template Arg<ffi::AnyBuffer>()   // x
+                 .template Arg<ffi::AnyBuffer>()   // gate_up
+                 .template Arg<ffi::AnyBuffer>()   // gate_up_global
+                 .template Arg<ffi::AnyBuffer>()   // down
+                 .template Arg<ffi::AnyBuffer>()   // down_global
+                 .template Arg<ffi::AnyBuffer>()   // gate_up_bias
+                 .template Arg<ffi::AnyBuffer>())  // down_bias
+      .template Arg<ffi::AnyBuffer>()              // expert_ids
+      .template Arg<ffi::AnyBuffer>()              // weights
+      .template Arg<ffi::AnyBuffer>()              // expert_offset
+      .template Ret<ffi::AnyBuffer>()              // out
+      .template Ret<ffi::AnyBuffer>()              // workspace
       .template Attr<std::string_view>("variant")
       .template Attr<std::string_view>("format")
       .template Attr<std::string_view>("activation")
@@ -92,18 +107,18 @@ auto moe_mlp_binding() {
       .template Attr<bool>("weight_on_input");
 }
 
-template <class Context>
+template <class Context, size_t scales = 0>
 auto grouped_matmul_binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<Context>()
-      .template Arg<ffi::AnyBuffer>()  // x
-      .template Arg<ffi::AnyBuffer>()  // w
-      .template Arg<ffi::AnyBuffer>()  // w_global
-      .template Arg<ffi::AnyBuffer>()  // bias
-      .template Arg<ffi::AnyBuffer>()  // group_sizes
-      .template Arg<ffi::AnyBuffer>()  // group_offset
-      .template Ret<ffi::AnyBuffer>()  // out
-      .template Ret<ffi::AnyBuffer>()  // workspace
+  return bind_buffers<1 + scales>(  // bias, input scale
+             ffi::Ffi::Bind()
+                 .Ctx<Context>()
+                 .template Arg<ffi::AnyBuffer>()   // x
+                 .template Arg<ffi::AnyBuffer>()   // w
+                 .template Arg<ffi::AnyBuffer>())  // w_global
+      .template Arg<ffi::AnyBuffer>()              // group_sizes
+      .template Arg<ffi::AnyBuffer>()              // group_offset
+      .template Ret<ffi::AnyBuffer>()              // out
+      .template Ret<ffi::AnyBuffer>()              // workspace
       .template Attr<std::string_view>("variant")
       .template Attr<std::string_view>("format")
       .template Attr<int64_t>("n")
@@ -120,6 +135,22 @@ inline ffi::AnyBuffer plain(ffi::Result<ffi::AnyBuffer> result) { return *result
 template <class Call, auto run>
 constexpr auto handle = [](auto context, auto... values) -> ffi::Error {
   return run(std::move(context), Call{plain(values)...});
+};
+
+// The same for a library with input scales, which come after the first `before` operands:
+// `run(context, call, scales)`.
+template <class Call, auto run, size_t before, class Context, class Values, size_t... i,
+          size_t... j>
+ffi::Error run_scaled(Context context, const Values& values, std::index_sequence<i...>,
+                      std::index_sequence<j...>) {
+  return run(std::move(context), Call{std::get<(i < before ? i : i + sizeof...(j))>(values)...},
+             std::array{std::get<before + j>(values)...});
+}
+template <class Call, auto run, size_t before, size_t count>
+constexpr auto handle_scaled = [](auto context, auto... values) -> ffi::Error {
+  return run_scaled<Call, run, before>(std::move(context), std::tuple{plain(values)...},
+                                       std::make_index_sequence<sizeof...(values) - count>(),
+                                       std::make_index_sequence<count>());
 };
 
 }  // namespace jaxmoe
