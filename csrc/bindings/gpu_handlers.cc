@@ -108,7 +108,8 @@ std::string variant_names(const GpuLibrary& library) {
   return names;
 }
 
-ffi::Error moe_mlp(const GpuLibrary& library, cudaStream_t stream, const MoeMlpCall& call) {
+ffi::Error moe_mlp(const GpuLibrary& library, cudaStream_t stream, const MoeMlpCall& call,
+                   const InputScales& scales) {
   const std::string op = "moe_mlp (" + std::string(library.name) + ")";
   Check check(op);
   check_names(check, library, call.variant, call.format, call.tactic);
@@ -123,6 +124,10 @@ ffi::Error moe_mlp(const GpuLibrary& library, cudaStream_t stream, const MoeMlpC
   check_buffers(check, call, {kBf16, kF16},
                 cuda::matrix_bytes(args.format, call.intermediate_size, call.hidden_size, gated),
                 cuda::matrix_bytes(args.format, call.hidden_size, call.intermediate_size, false));
+  if (!scales.empty()) {
+    check_optional(check, "gate_up_input_scale", scales[0], {1});
+    check_optional(check, "down_input_scale", scales[1], {1});
+  }
   check_experts(check, call.experts());
   check_int32(check, "tokens times top_k", call.tokens() * call.top_k());
   check_int32(check, "hidden_size", call.hidden_size);
@@ -153,6 +158,8 @@ ffi::Error moe_mlp(const GpuLibrary& library, cudaStream_t stream, const MoeMlpC
   args.gate_up_bias = optional_data(call.gate_up_bias);
   args.down_bias = optional_data(call.down_bias);
   args.params = data<const float>(call.activation_params);
+  args.x_scale = scales.empty() ? nullptr : optional_data(scales[0]);
+  args.h_scale = scales.empty() ? nullptr : optional_data(scales[1]);
   args.expert_ids = data<const int32_t>(call.expert_ids);
   args.weights = data<const float>(call.weights);
   args.expert_offset = data<const int32_t>(call.expert_offset);
@@ -167,7 +174,7 @@ ffi::Error moe_mlp(const GpuLibrary& library, cudaStream_t stream, const MoeMlpC
 }
 
 ffi::Error grouped_matmul(const GpuLibrary& library, cudaStream_t stream,
-                          const GroupedMatmulCall& call) {
+                          const GroupedMatmulCall& call, const InputScales& scales) {
   const std::string op = "grouped_matmul (" + std::string(library.name) + ")";
   Check check(op);
   check_names(check, library, call.variant, call.format, call.tactic);
@@ -181,6 +188,7 @@ ffi::Error grouped_matmul(const GpuLibrary& library, cudaStream_t stream,
   args.format = format_of(*find_variant(library, call.variant), call.format);
   check_buffers(check, call, {kBf16, kF16}, {call.x.element_type()},
                 cuda::matrix_bytes(args.format, call.n, call.k, false));
+  if (!scales.empty()) check_optional(check, "input_scale", scales[0], {1});
   check.require(call.experts() > 0, "w must hold at least one expert, got " + describe(call.w));
   check_experts(check, call.experts());
   check_int32(check, "rows of x", call.rows());
@@ -202,6 +210,7 @@ ffi::Error grouped_matmul(const GpuLibrary& library, cudaStream_t stream,
   args.w = data<const uint8_t>(call.w);
   args.w_global = data<const float>(call.w_global);
   args.bias = optional_data(call.bias);
+  args.x_scale = scales.empty() ? nullptr : optional_data(scales[0]);
   args.group_sizes = data<const int32_t>(call.group_sizes);
   args.group_offset = data<const int32_t>(call.group_offset);
   args.out = call.out.untyped_data();

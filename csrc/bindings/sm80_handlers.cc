@@ -13,10 +13,11 @@ const GpuLibrary kSm80 = {"sm80",
 
 // Everything is enqueued on the one stream, with sizes that do not depend on the data: XLA may
 // record the calls into a CUDA graph.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_moe_mlp_sm80_v1, jaxmoe::handle_moe_mlp<jaxmoe::kSm80>,
-                              jaxmoe::gpu_moe_mlp_binding(),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_moe_mlp_sm80_v1,
+                              (jaxmoe::handle_moe_mlp<jaxmoe::kSm80, false>),
+                              jaxmoe::gpu_moe_mlp_binding<false>(),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_grouped_matmul_sm80_v1,
-                              jaxmoe::handle_grouped_matmul<jaxmoe::kSm80>,
-                              jaxmoe::gpu_grouped_matmul_binding(),
+                              (jaxmoe::handle_grouped_matmul<jaxmoe::kSm80, false>),
+                              jaxmoe::gpu_grouped_matmul_binding<false>(),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -14,10 +14,10 @@ const GpuLibrary kSm90 = {
 
 // Everything is enqueued on the one stream, with sizes that do not depend on the data: XLA may
 // record the calls into a CUDA graph.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_moe_mlp_sm90_v1, jaxmoe::handle_moe_mlp<jaxmoe::kSm90>,
-                              jaxmoe::gpu_moe_mlp_binding(),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_moe_mlp_sm90_v1, (jaxmoe::handle_moe_mlp<jaxmoe::kSm90, true>),
+                              jaxmoe::gpu_moe_mlp_binding<true>(),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_grouped_matmul_sm90_v1,
-                              jaxmoe::handle_grouped_matmul<jaxmoe::kSm90>,
-                              jaxmoe::gpu_grouped_matmul_binding(),
+                              (jaxmoe::handle_grouped_matmul<jaxmoe::kSm90, true>),
+                              jaxmoe::gpu_grouped_matmul_binding<true>(),
                               {xla::ffi::Traits::kCmdBufferCompatible});

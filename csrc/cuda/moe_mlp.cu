@@ -217,6 +217,7 @@ std::string moe_mlp(const Family& family, const MlpArgs& a, const std::string& n
     quantize.x = a.x;
     quantize.rows = static_cast<int>(s.tokens);
     quantize.k = static_cast<int>(s.hidden);
+    quantize.fixed = a.x_scale;
     quantize.position_of = w.position_of;
     quantize.copies = sort.top_k;
     quantize.out = w.y;
@@ -235,6 +236,7 @@ std::string moe_mlp(const Family& family, const MlpArgs& a, const std::string& n
     quantize.x = w.h;
     quantize.rows = sort.pairs;
     quantize.k = static_cast<int>(s.intermediate);
+    quantize.fixed = a.h_scale;
     quantize.end = w.offsets + s.experts;
     quantize.position_of = nullptr;
     quantize.out = w.h8;
@@ -295,6 +297,7 @@ std::string grouped_matmul(const Family& family, const GroupedArgs& a, const std
     quantize.fp16 = a.dtype == Dtype::kFp16;
     quantize.rows = group.rows;
     quantize.k = static_cast<int>(s.k);
+    quantize.fixed = a.x_scale;
     quantize.out = w.x8;
     quantize.scale = w.x_scale;
     error = family.quantize_rows(quantize, stream);

@@ -51,6 +51,8 @@ struct MlpArgs {
   const float* gate_up_bias;     // [E, 2I] or [E, I], or null
   const float* down_bias;        // [E, H], or null
   const float* params;           // [num_params, E]
+  const float* x_scale;          // [1], of x where that is rounded to e4m3; null: one for each row
+  const float* h_scale;          // [1], likewise of what is between the products
   const int32_t* expert_ids;     // [T, k]
   const float* weights;          // [T, k]
   const int32_t* expert_offset;  // [] on the device
@@ -73,6 +75,7 @@ struct GroupedArgs {
   const uint8_t* w;             // [E, matrix_bytes(format, N, K, false)]
   const float* w_global;        // [E]
   const float* bias;            // [E, N], or null
+  const float* x_scale;         // [1], of x where that is rounded to e4m3; null: one for each row
   const int32_t* group_sizes;   // [G]
   const int32_t* group_offset;  // [] on the device
   void* out;                    // [M, N], rounded to dtype
