@@ -117,11 +117,16 @@ def rounded(x: np.ndarray, mantissa_bits: int, smallest_exponent: int) -> np.nda
 _DTYPES = {"bfloat16": (7, -126), "float16": (10, -14), "float32": (23, -126)}
 
 
-def fp8_rows(x: np.ndarray) -> np.ndarray:
+def fp8_rows(x: np.ndarray, input_scale: float | None = None) -> np.ndarray:
     """float64: e4m3(x / s) s, where s of a row is the least power of two with max|x| / s <= 448.
 
-    s is 1 for a row of zeros, and neither s nor 1 / s is a subnormal float32.
+    s is 1 for a row of zeros, and neither s nor 1 / s is a subnormal float32. Or s is
+    `input_scale`: then x / s is a float32, and e4m3 saturates at 448.
     """
+    if input_scale is not None:
+        quotient = np.asarray(x).astype(np.float32) / np.float32(input_scale)
+        codes = np.clip(rounded(quotient.astype(np.float64), 3, -6), -448, 448)
+        return codes * float(np.float32(input_scale))
     fraction, exponent = np.frexp(np.abs(x).max(-1, keepdims=True, initial=0) / 448)
     exponent = np.where(fraction == 0, 0, exponent - (fraction == 0.5))
     exponent = np.clip(exponent, -126, 126)
@@ -262,7 +267,13 @@ def _block_scaled(operand) -> Arithmetic:
 
 ARITHMETIC: dict[str, Arithmetic] = {
     "exact": Arithmetic(_decoded, _ones, _no_factor(_as_it_is), _as_it_is, _as_it_is),
-    "w4a8": Arithmetic(decode_rebased, _ones, _no_factor(fp8_rows), _as_it_is, _to_dtype),
+    "w4a8": Arithmetic(
+        decode_rebased,
+        _ones,
+        lambda x, scale: (fp8_rows(x, scale), np.ones((*x.shape[:-1], 1))),
+        _as_it_is,
+        _to_dtype,
+    ),
     "w4a4": _block_scaled(nvfp4_rows),
     "mxfp8": _block_scaled(mxfp8_rows),
 }

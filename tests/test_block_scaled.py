@@ -17,7 +17,7 @@ from problems import EDGES, GROUPED_EDGES, GroupedSpec, Spec
 from suite import BLOCK_SCALED, assert_matches, assert_same_bits, relative_l2, run, run_grouped
 
 import jaxmoe
-from jaxmoe import capability, kernels
+from jaxmoe import kernels
 from jaxmoe.kernels import GPU_FAMILIES, block_scaled, layouts
 
 VARIANTS = ("xla_w4a4", "xla_w4a8")
@@ -387,7 +387,7 @@ def test_other_gpus_lower_to_no_blackwell_kernel(target):
             )
 
 
-def test_hopper_w4a8_gets_no_input_scales_while_its_handlers_take_none():
-    assert not capability.table._SM90_INPUT_SCALES
-    assert not GPU_FAMILIES["sm90"]._input_scales
-    assert all(GPU_FAMILIES[name]._input_scales for name in ("sm120", "sm100_emulated"))
+def test_libraries_with_variants_that_round_activations_get_input_scales():
+    assert not GPU_FAMILIES["sm80"]._input_scales
+    for name in ("sm90", "sm120", "sm100_emulated"):
+        assert GPU_FAMILIES[name]._input_scales

@@ -208,9 +208,6 @@ _W4A4, _W4A8 = _arithmetic("w4a4", "nvfp4"), _arithmetic("w4a8", "mxfp4")
 _QUANTISED = (("w4a4", _W4A4, "NVFP4 × NVFP4"), ("w4a8", _W4A8, "MXFP4 × MXFP8"))
 _LAYOUT = "block_scaled_128x4"
 
-# The handlers of the Hopper library do not take static input scales.
-_SM90_INPUT_SCALES = False
-
 
 def _block_scaled(family: str, sms: tuple[int, ...], smem_bytes: tuple[int, int]) -> list[Row]:
     """The two variants of a Blackwell family."""
@@ -328,7 +325,7 @@ TABLE: tuple[Row, ...] = (
         ),
         max_experts=1024,
         smem_bytes=231528,
-        input_scales=_SM90_INPUT_SCALES,
+        input_scales=True,
         evidence="compiled",
     ),
     _sm90(

@@ -104,12 +104,14 @@ def raw_call(variant, weight_format, problem):
     """Operands and attributes of the bare custom call, by name: for calls that must be refused."""
     x, experts, ids, weights = problem.call_args()
     experts = prepared(experts, variant, True)
+    none, scaled = np.zeros(0, np.float32), family(variant)._input_scales
     values = {
         "x": x, "gate_up": experts.gate_up.data, "gate_up_global": experts.gate_up.global_scale,
         "down": experts.down.data, "down_global": experts.down.global_scale,
-        "gate_up_bias": np.zeros(0, np.float32), "down_bias": np.zeros(0, np.float32),
-        "params": jaxmoe.SwiGLU().params(8), "ids": ids, "weights": weights,
-        "expert_offset": np.int32(0),
+        "gate_up_bias": none, "down_bias": none,
+        "params": jaxmoe.SwiGLU().params(8),
+        **({"gate_up_input_scale": none, "down_input_scale": none} if scaled else {}),
+        "ids": ids, "weights": weights, "expert_offset": np.int32(0),
     }  # fmt: skip
     attrs = {
         "variant": variant, "format": weight_format, "activation": "swiglu", "tactic": "",

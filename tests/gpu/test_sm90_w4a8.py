@@ -165,6 +165,19 @@ def test_every_tactic_on_random_problems(index, tactic, dtype):
         assert_right(run_tactic(problem, tactic), problem)
 
 
+@every_tactic
+@every_half
+def test_static_input_scales(tactic, dtype):
+    """Both, one, and scales so small that many values saturate."""
+    problem = problem_of(dtype=dtype, input_scales=True, tokens=130, intermediate_size=96)
+    first, second = (6 * scale for scale in problem.input_scales)  # those are for e2m1
+    for scales in ((first, second), (first, None), (None, second)):
+        one = dataclasses.replace(problem, input_scales=scales)
+        assert_matches(run_tactic(one, tactic), one.pairs("w4a8"), ROUNDED_SMALL, ROUNDED_ROW)
+    narrow = dataclasses.replace(problem, input_scales=(first / 64, second))
+    assert_matches(run_tactic(narrow, tactic), narrow.pairs("w4a8"), ROUNDED_SMALL, ROUNDED_ROW)
+
+
 @every_half
 def test_weight_on_input(dtype):
     for bias, routing in itertools.product([False, True], ["uniform", "out_of_range"]):
