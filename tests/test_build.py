@@ -59,6 +59,7 @@ def test_the_overlay_refuses_headers_that_have_changed(tmp_path, family):
     overlay = ROOT / "csrc/emulation/overlay.py"
     main = runpy.run_path(str(overlay))["FAMILIES"][family]
     for name in (
+        "cute/config.hpp",
         "cute/arch/mma_sm120.hpp",
         "cute/arch/copy_sm100.hpp",
         "cute/arch/tmem_allocator_sm100.hpp",

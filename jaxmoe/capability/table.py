@@ -309,7 +309,7 @@ def _elsewhere(variant: str, arithmetic: frozenset[tuple[str, str]], sentence: s
 
 _BLACKWELL = (
     *_block_scaled("sm120", (120, 121), (97280, 98304)),
-    *_block_scaled("sm100", (100, 103), (227328, 227328)),  # 2SM 256x256x256, four stages
+    *_block_scaled("sm100", (100, 103), (223232, 227328)),
 )
 
 TABLE: tuple[Row, ...] = (
