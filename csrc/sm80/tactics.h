@@ -12,7 +12,7 @@ extern const Tactic kDecode;
 extern const Tactic kMma8;
 extern const Tactic kMma32;
 extern const Tactic kMma64;
-extern const Tactic kMma128;
+extern const Tactic kMma96;
 
 extern const Family kFamily;
 

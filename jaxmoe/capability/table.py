@@ -352,7 +352,7 @@ TABLE: tuple[Row, ...] = (
         any_result=False,
         alignment=(32, 8),
         max_experts=1024,
-        smem_bytes=94872,
+        smem_bytes=100520,
         layout="sm90_fragment",  # a warp's A fragments of wgmma are those of mma.sync
         evidence="compiled",
     ),
