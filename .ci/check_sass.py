@@ -1,9 +1,9 @@
 """Checks the machine code of a GPU library: what it is for, and the instructions that it must have.
 
-    python .ci/check_sass.py build/_sm90.so
+    python .ci/check_sass.py sm90 build/_sm90.so
 
 The products of each family must use the family's matrix instructions, none of a library's kernels
-may use local memory, and there must be machine code alone, for the family's target. Needs
+may use local memory, and there must be machine code alone, for the family's targets. Needs
 `cuobjdump` on PATH or in the package nvidia-cuda-cuobjdump.
 """
 
@@ -14,26 +14,32 @@ import shutil
 import subprocess
 import sys
 
-# For each target: kernels by a pattern of their mangled names, and what their code must contain.
-# ACQBULK is the wait for the kernel before, without which a product would read its arguments too
-# early; LDTM reads tensor memory.
-REQUIRED = {
-    "sm_90a": {
-        "gemm_kernel": ("HGMMA",),
-        "decode_kernel": ("HMMA",),
-        "fused_kernel": ("HMMA",),
-    },
-    "sm_100f": {
-        "MainloopSm100Array.*float_ue4m3_t": ("UTCOMMA", "LDTM", "ACQBULK"),
-        "MainloopSm100Array.*float_ue8m0_t": ("UTCQMMA", "LDTM", "ACQBULK"),
-    },
-    "sm_120f": {
-        "MainloopSm120Array.*float_ue4m3_t": ("OMMA.SF", "ACQBULK"),
-        "MainloopSm120Array.*float_ue8m0_t": ("QMMA.SF", "ACQBULK"),
-    },
+# By family: the targets that it holds code for, and what a kernel's code must contain, by a pattern
+# of its mangled name. ACQBULK is the wait for the kernel before, without which a product would read
+# its arguments too early; LDTM reads tensor memory.
+FAMILIES = {
+    "sm80": ({"sm_80", "sm_90", "sm_100", "sm_120"}, {"mma_kernel": ("HMMA",)}),
+    "sm90": (
+        {"sm_90a"},
+        {"gemm_kernel": ("HGMMA",), "decode_kernel": ("HMMA",), "fused_kernel": ("HMMA",)},
+    ),
+    "sm100": (
+        {"sm_100f"},
+        {
+            "MainloopSm100Array.*float_ue4m3_t": ("UTCOMMA", "LDTM", "ACQBULK"),
+            "MainloopSm100Array.*float_ue8m0_t": ("UTCQMMA", "LDTM", "ACQBULK"),
+            "quantize_kernel|combine_kernel|arguments_kernel": (),
+        },
+    ),
+    "sm120": (
+        {"sm_120f"},
+        {
+            "MainloopSm120Array.*float_ue4m3_t": ("OMMA.SF", "ACQBULK"),
+            "MainloopSm120Array.*float_ue8m0_t": ("QMMA.SF", "ACQBULK"),
+            "quantize_kernel|combine_kernel|arguments_kernel": (),
+        },
+    ),
 }
-# Kernels around the products, which any SM could run.
-OTHERS = "quantize_kernel|combine_kernel|arguments_kernel"
 
 
 def cuobjdump() -> str:
@@ -47,40 +53,45 @@ def cuobjdump() -> str:
     sys.exit("cuobjdump was not found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
 
 
-def check(library: str, dump: str, few: bool) -> list[str]:
-    """What is wrong with a library, of which `dump` is the machine code.
+def check(dump: str, family: str, few: bool = False) -> tuple[dict[str, int], list[str]]:
+    """How many kernels there are of each kind and target, and what is wrong.
 
-    A library of few kernels may lack some of its kinds.
+    A library of few kernels may lack a kind of them.
     """
-    targets = set(re.findall(r"^arch = (\w+)$", dump, re.M))
-    if len(targets) != 1 or not targets <= REQUIRED.keys():
-        return [f"{library}: is for {sorted(targets)}; it must be for one of {list(REQUIRED)}"]
-    required = REQUIRED[targets.pop()]
-    counted = dict.fromkeys(required, 0)
+    targets, required = FAMILIES[family]
+    counted = {f"{target} {kind}": 0 for target in sorted(targets) for kind in required}
     wrong = []
-    for function in dump.split("Function : ")[1:]:
-        name, _, code = function.partition("\n")
-        kinds = [kind for kind in required if re.search(kind, name)]
-        for kind in kinds:
-            counted[kind] += 1
-            wrong += [f"{name}: no {i}" for i in required[kind] if i not in code]
-        if (kinds or re.search(OTHERS, name)) and re.search(r"\b(LDL|STL)\b", code):
-            wrong.append(f"{name}: local memory (LDL or STL)")
-    if "PTX" in dump:
-        wrong.append(f"{library}: holds PTX; only machine code belongs there")
-    print(f"{library}: {counted}")
-    if not (any if few else all)(counted.values()):
-        wrong.append(f"{library}: a kind of kernel is missing")
-    return wrong
+    for section in re.split(r"(?m)^arch = ", dump)[1:]:
+        target, _, functions = section.partition("\n")
+        target = target.strip()
+        if target not in targets:
+            wrong.append(f"code for {target}, where {', '.join(sorted(targets))} belong")
+            continue
+        for function in functions.split("Function : ")[1:]:
+            name, _, code = function.partition("\n")
+            for kind, instructions in required.items():
+                if not re.search(kind, name):
+                    continue
+                counted[f"{target} {kind}"] += 1
+                wrong += [f"{target} {name}: no {i}" for i in instructions if i not in code]
+                if re.search(r"\b(LDL|STL)\b", code):
+                    wrong.append(f"{target} {name}: local memory (LDL or STL)")
+    missing = [f"no code: {kind}" for kind, count in counted.items() if count == 0]
+    if not few or len(missing) == len(counted):
+        wrong += missing
+    if "Fatbin ptx code" in dump:
+        wrong.append("PTX; only machine code belongs here")
+    return counted, wrong
 
 
-def main(library: str, *options: str) -> None:
+def main(family: str, library: str, *options: str) -> None:
     dump = subprocess.run(
-        [cuobjdump(), "-sass", library], check=True, capture_output=True, text=True
+        [cuobjdump(), "-sass", "-ptx", library], check=True, capture_output=True, text=True
     ).stdout
-    wrong = check(library, dump, few="--few" in options)
+    counted, wrong = check(dump, family, few="--few" in options)
+    print(f"{library}: {counted}")
     if wrong:
-        sys.exit("\n".join(wrong))
+        sys.exit("\n".join(f"{library}: {sentence}" for sentence in wrong))
 
 
 if __name__ == "__main__":

@@ -43,19 +43,20 @@ def measure(layer: benchmark.Layer, weight_format: str) -> dict[str, Any]:
             f"{chosen.variant} is selected here, which reads weights as they are: there is nothing "
             "to prepare; install a library with a kernel for this device"
         )
-    experts = jax.block_until_ready(random_experts(layer, weight_format, CANONICAL, seed=0))
     device = jax.local_devices()[0]
-    before, _ = _memory(device)
+    # Made on the host: the device's peak must be that of `prepare` and of nothing before.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        experts = random_experts(layer, weight_format, CANONICAL, seed=0)
+    experts = jax.block_until_ready(jax.device_put(experts, device))
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
         result = jax.block_until_ready(jaxmoe.prepare(experts, chosen.variant))
         seconds.append(time.perf_counter() - start)
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(result))
+        held, peak = _memory(device)  # held: weights and result, as the allocator rounded them
         del result
-    _, peak = _memory(device)
     expert = layer.expert_bytes(weight_format)
-    extra = None if before is None or peak is None else (peak - before - held) / expert
+    extra = None if held is None or peak is None else (peak - held) / expert
     return benchmark.origin(benchmark.device_name()) | {
         "implementation": chosen.variant,
         "layer": layer.name,

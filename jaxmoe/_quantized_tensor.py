@@ -312,40 +312,42 @@ def _is_concrete(leaf: Any) -> bool:
 def _check_values(q: QuantizedTensor, name: str) -> None:
     # Under an outer trace even concrete operands would be staged; these must be computed now.
     with jax.ensure_compile_time_eval():
-        facts = _scale_facts(q)
-        for leaf, count, total, required in facts:
-            if bad := int(count):
-                raise ValueError(
-                    f"{name}.{leaf}: must be {required}, but {bad} of {total} are not; "
-                    "the checkpoint is damaged or not in this format."
-                )
-
-
-def _scale_facts(q: QuantizedTensor) -> list[tuple[str, jax.Array, int, str]]:
-    facts = []
-    if q.global_scale is not None:
-        value = jnp.asarray(q.global_scale)
-        bad = ~(jnp.isfinite(value) & (value > 0))
-        facts.append(("global_scale", bad.sum(), value.size, "finite and > 0"))
-    if q.scale is not None:
-        bits = jnp.asarray(q.scale).view(jnp.uint8)
-        if q.scale.dtype == FLOAT8_E8M0:
-            facts.append(("scale", (bits == 0xFF).sum(), bits.size, "finite (0xFF is NaN)"))
-        elif q.scale.dtype == FLOAT8_E4M3:
-            facts.append(("scale", (bits >= 0x7F).sum(), bits.size, "finite and not negative"))
-            facts.append(
-                (
-                    "scale",
-                    _zero_scale_of_nonzero_block(q, bits).sum(),
-                    bits.size,
-                    "> 0 where the block has an element that is not 0",
-                )
+        counts = [int(count) for count in _count_bad(q)]
+    for (leaf, required), bad in zip(_required(q), counts, strict=True):
+        if bad:
+            total = getattr(q, leaf).size
+            raise ValueError(
+                f"{name}.{leaf}: must be {required}, but {bad} of {total} are not; "
+                "the checkpoint is damaged or not in this format."
             )
-    return facts
+
+
+def _required(q: QuantizedTensor) -> list[tuple[str, str]]:
+    """What the scales must be, and which: in the order of `_count_bad`."""
+    required = []
+    if q.global_scale is not None:
+        required.append(("global_scale", "finite and > 0"))
+    if q.scale is not None and q.scale.dtype == FLOAT8_E8M0:
+        required.append(("scale", "finite (0xFF is NaN)"))
+    elif q.scale is not None and q.scale.dtype == FLOAT8_E4M3:
+        required.append(("scale", "finite and not negative"))
+        required.append(("scale", "> 0 where the block has an element that is not 0"))
+    return required
 
 
 @jax.jit
-def _zero_scale_of_nonzero_block(q: QuantizedTensor, bits: jax.Array) -> jax.Array:
-    assert q.format.block_size is not None
-    magnitude = (q.packed() & 0x77).reshape(*bits.shape, q.format.block_size // 2)
-    return (bits == 0) & (magnitude != 0).any(-1)
+def _count_bad(q: QuantizedTensor) -> list[jax.Array]:
+    """How many scales are not as `_required` says. One program: no array of the scales' size."""
+    bad = []
+    if q.global_scale is not None:
+        bad.append(~(jnp.isfinite(q.global_scale) & (q.global_scale > 0)))
+    if q.scale is not None:
+        bits = q.scale.view(jnp.uint8)
+        if q.scale.dtype == FLOAT8_E8M0:
+            bad.append(bits == 0xFF)
+        elif q.scale.dtype == FLOAT8_E4M3:
+            assert q.format.block_size is not None
+            bad.append(bits >= 0x7F)
+            magnitude = (q.packed() & 0x77).reshape(*bits.shape, q.format.block_size // 2)
+            bad.append((bits == 0) & (magnitude != 0).any(-1))
+    return [mask.sum() for mask in bad]

@@ -22,7 +22,7 @@ IMPLEMENTATIONS = (
     "cpu_amx",
 )
 NATIVE = IMPLEMENTATIONS[1:]
-GPU = ("sm90_w4a16", "sm90_w4a8")  # their tests are in tests/gpu
+GPU = ("sm90_w4a16", "sm90_w4a8", "sm80_w4a16")  # their tests are in tests/gpu
 COMPUTE = {"sm90_w4a8": "w4a8"}  # what a variant has to be asked for; auto for all others
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

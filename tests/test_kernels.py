@@ -14,7 +14,8 @@ import pytest
 
 import jaxmoe
 from jaxmoe import capability, kernels
-from jaxmoe.kernels import cpu, fragment, fragment_fp8, layouts, native, panel, sm90, xla
+from jaxmoe.capability.table import SMEM_LIMIT
+from jaxmoe.kernels import cpu, fragment, fragment_fp8, layouts, native, panel, sm80, sm90, xla
 
 KEY = jax.random.key(0)
 
@@ -47,17 +48,20 @@ def test_manifest_and_table_agree_in_both_directions():
     assert re.fullmatch("[0-9a-f]{12}", manifest["build"])
 
 
-def test_hopper_manifest_and_table_agree_in_both_directions():
-    """Loading the library needs no GPU, so that a build is checked where it is made."""
-    module, why = sm90.library()
+@pytest.mark.parametrize("family", [sm80, sm90])
+def test_gpu_manifests_and_table_agree_in_both_directions(family):
+    """Loading a library needs no GPU, so that a build is checked where it is made."""
+    module, why = family.library()
     if module is None:
         pytest.skip(why)
-    rows = [row for row in capability.TABLE if row.family == "sm90"]
-    assert capability.check_manifest(module.manifest(), rows) == []
-    assert module.manifest()["library"] == "sm90"
+    name = family.__name__.rpartition(".")[-1]
+    rows = {row.variant: row for row in capability.TABLE if row.family == name}
+    assert capability.check_manifest(module.manifest(), rows.values()) == []
+    assert module.manifest()["library"] == name
     assert re.fullmatch("[0-9a-f]{12}", module.manifest()["build"])
-    for name, variant in module.manifest()["variants"].items():
-        assert max(sm90.tactics(name).values()) == variant["smem_bytes"]
+    for variant, stated in module.manifest()["variants"].items():
+        assert max(family.tactics(variant).values()) == stated["smem_bytes"]
+        assert all(stated["smem_bytes"] <= SMEM_LIMIT[sm] for sm in stated["sms"])
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -217,9 +221,8 @@ def test_calls_from_many_threads_at_once_give_the_bits_of_one():
 # --- the Hopper family, where neither its library nor its GPU is needed ---------------------------
 
 
-@pytest.fixture
-def hopper_library(monkeypatch):
-    """A stand-in for jaxmoe._sm90, of which lowering needs only sizes and names."""
+def stand_in_library(monkeypatch, family, *variants):
+    """A stand-in for a GPU library, of which lowering needs only sizes and names."""
     sizes = []
 
     def workspace_bytes(op, **kwargs):
@@ -229,22 +232,56 @@ def hopper_library(monkeypatch):
     module = types.SimpleNamespace(
         manifest=lambda: {
             "build": "0123456789ab",
-            "variants": {
-                "sm90_w4a16": {"tactics": {"small": 1}},
-                "sm90_w4a8": {"tactics": {"small": 1}},
-            },
+            "variants": {variant: {"tactics": {"small": 1}} for variant in variants},
         },
         registrations=dict,
         workspace_bytes=workspace_bytes,
     )
-    monkeypatch.setattr(sm90, "library", lambda: (module, ""))
-    caches = (kernels._libraries, sm90._native)
+    monkeypatch.setattr(family, "library", lambda: (module, ""))
+    caches = (kernels._libraries, family._native)
     for cache in caches:
         cache.cache_clear()
     yield sizes
     for cache in caches:
         cache.cache_clear()
     jax.clear_caches()
+
+
+@pytest.fixture
+def hopper_library(monkeypatch):
+    yield from stand_in_library(monkeypatch, sm90, "sm90_w4a16", "sm90_w4a8")
+
+
+@pytest.fixture
+def sm80_library(monkeypatch):
+    yield from stand_in_library(monkeypatch, sm80, "sm80_w4a16")
+
+
+@pytest.mark.parametrize(
+    ("target", "asked"),
+    [
+        *((sm, {}) for sm in ("sm_80", "sm_86", "sm_89")),
+        ("h100", {"implementation": "sm80_w4a16"}),
+        *((sm, {"compute": "w4a16"}) for sm in ("sm_100", "sm_103", "sm_120", "sm_121")),
+    ],
+)
+def test_mma_sync_calls_lower_for_every_gpu_from_sm_80_on(sm80_library, target, asked):
+    x, ids, w = call(dtype=jnp.bfloat16)
+    sizes = jnp.array([1, 2, 0, 2], jnp.int32)
+    with jaxmoe.override(target=target):
+        prepared = jaxmoe.prepare(experts("mxfp4"), "sm80_w4a16", compute="w4a16")
+        for function, name in (
+            (lambda x, e: jaxmoe.moe_mlp(x, e, ids, w, **asked), "moe_mlp"),
+            (
+                lambda x, e: jaxmoe.grouped_matmul(x[:, :32], e.down, sizes, **asked),
+                "grouped_matmul",
+            ),
+        ):
+            lowered = jax.jit(function).trace(x, prepared).lower(lowering_platforms=("cuda",))
+            text = lowered.as_text()
+            assert re.findall(r"custom_call @(jaxmoe\w+)", text) == [f"jaxmoe_{name}_sm80_v1"]
+            assert 'variant = "sm80_w4a16"' in text
+    assert {sizes["variant"] for _, sizes in sm80_library} == {"sm80_w4a16"}
 
 
 def lowered_for_hopper(f, *args):
@@ -382,19 +419,21 @@ def test_xla_reads_every_layout(fmt):
         np.testing.assert_array_equal(run(x, prepared, *rest), want)
 
 
+@pytest.mark.parametrize("family", [sm80, sm90])
 @pytest.mark.parametrize("factor", [1.0, 1.1])
-def test_hopper_self_test_judges_numbers_inside_any_trace(monkeypatch, factor):
+def test_self_test_judges_numbers_inside_any_trace(monkeypatch, factor, family):
     """On the CPU, with xla in place of the kernel: right numbers pass and wrong ones do not."""
 
     def stand_in(config, variant, x, *rest):
         return (factor * xla.moe_mlp(config, x, *rest)).astype(x.dtype)
 
-    monkeypatch.setattr(sm90, "moe_mlp", stand_in)
-    monkeypatch.setattr(sm90, "_device", lambda: jax.local_devices(backend="cpu")[0])
+    monkeypatch.setattr(family, "moe_mlp", stand_in)
+    monkeypatch.setattr(family, "_device", lambda: jax.local_devices(backend="cpu")[0])
+    variant = "sm80_w4a16" if family is sm80 else "sm90_w4a16"
     found = []
 
     def traced(x):
-        found.append(sm90.self_test.__wrapped__("sm90_w4a16"))
+        found.append(family.self_test.__wrapped__(variant))
         return x
 
     mesh = jax.make_mesh((1,), ("i",))
@@ -440,6 +479,8 @@ def test_hopper_self_test_of_w4a8_knows_what_is_rounded(monkeypatch, rounds):
         assert re.match(r"a relative error of \d\.\de-02 with mxfp4 weights", found)
 
 
-def test_hopper_self_test_without_a_hopper_gpu_has_nothing_to_say():
+def test_self_tests_without_their_gpu_have_nothing_to_say():
+    if sm80._device() is None:
+        assert sm80.self_test("sm80_w4a16") == ""
     if sm90._device() is None:
         assert {sm90.self_test(variant) for variant in sm90._TESTED} == {""}

@@ -1,215 +1,23 @@
-// XLA hands over device buffers, attributes and a stream; here they are checked and become plain
-// structs for csrc/sm90. Nothing is read from the device and nothing waits for it.
 #include "bindings/sm90_handlers.h"
 
-#include <cstdint>
-#include <limits>
-#include <string>
-#include <string_view>
-
-#include "bindings/check.h"
-#include "bindings/ops.h"
-#include "cpu/types.h"
+#include "sm90/tactics.h"
 
 namespace jaxmoe {
-namespace {
 
-constexpr auto kBf16 = ffi::DataType::BF16;
-constexpr auto kF16 = ffi::DataType::F16;
+const GpuLibrary kSm90 = {
+    "sm90",
+    {90},
+    sm90::kFamily,
+    {{"sm90_w4a16", "sm90_fragment", false}, {"sm90_w4a8", "sm90_fragment_fp8", true}}};
 
-// Names are parsed by the CPU library's vocabulary: both list the same things in the same order.
-#define JAXMOE_SAME(name) \
-  static_assert(static_cast<int>(cpu::Activation::name) == static_cast<int>(cuda::Activation::name))
-JAXMOE_SAME(kSwiglu);
-JAXMOE_SAME(kSwigluStep);
-JAXMOE_SAME(kGeglu);
-JAXMOE_SAME(kGegluTanh);
-JAXMOE_SAME(kSitu);
-JAXMOE_SAME(kRelu2);
-JAXMOE_SAME(kSilu);
-JAXMOE_SAME(kGelu);
-JAXMOE_SAME(kGeluTanh);
-JAXMOE_SAME(kRelu);
-JAXMOE_SAME(kIdentity);
-#undef JAXMOE_SAME
-static_assert(static_cast<int>(cpu::Format::kNvfp4) == static_cast<int>(sm90::Format::kNvfp4) &&
-              static_cast<int>(cpu::Format::kMxfp4) == static_cast<int>(sm90::Format::kMxfp4));
-
-sm90::Format format_of(std::string_view variant, std::string_view format) {
-  if (variant == kSm90W4A8) return sm90::Format::kMxfp4Fp8;
-  return static_cast<sm90::Format>(*cpu::parse_format(format));
-}
-sm90::Dtype dtype_of(const ffi::AnyBuffer& buffer) {
-  return buffer.element_type() == kF16 ? sm90::Dtype::kFp16 : sm90::Dtype::kBf16;
-}
-
-void check_names(Check& check, std::string_view variant, std::string_view format,
-                 std::string_view tactic) {
-  check.require(is_sm90_variant(variant), "variant must be one of " + std::string(kSm90W4A16) +
-                                              ", " + std::string(kSm90W4A8) + ", got " +
-                                              quoted(variant));
-  check_format(check, format);
-  check.require(variant != kSm90W4A8 || format == "mxfp4",
-                "format must be mxfp4 for " + std::string(kSm90W4A8) + ", got " + quoted(format));
-  if (!check.ok()) return;
-  std::string names;
-  bool known = tactic.empty();
-  for (const sm90::TacticInfo& info : sm90::tactics(format_of(variant, format))) {
-    known = known || tactic == info.name;
-    names += std::string(names.empty() ? "" : ", ") + info.name;
-  }
-  check.require(known, "tactic must be '' or one of " + names + ", got " + quoted(tactic));
-}
-
-// Kernels index with 32 bits, and step past the end by less than a grid.
-void check_int32(Check& check, const char* name, int64_t value) {
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() - (1 << 20);
-  check.require(value <= kMax,
-                std::string(name) + " must be at most " + text(kMax) + ", got " + text(value));
-}
-
-void check_experts(Check& check, int64_t experts) {
-  check.require(experts <= sm90::kMaxExperts,
-                "the weights must be of at most " + text(sm90::kMaxExperts) + " experts, got " +
-                    text(experts) + "; split them with expert_offset");
-}
-
-// Rows are copied 16 bytes at a time.
-void check_aligned(Check& check, const char* name, const ffi::AnyBuffer& buffer) {
-  const auto address = reinterpret_cast<uintptr_t>(buffer.untyped_data());
-  check.require(address % 16 == 0, std::string(name) +
-                                       " must start at a multiple of 16 bytes, got " +
-                                       text(static_cast<int64_t>(address % 16)) + " past one");
-}
-
-void* aligned(const ffi::AnyBuffer& workspace) {
-  const auto address = reinterpret_cast<uintptr_t>(workspace.untyped_data());
-  return reinterpret_cast<void*>((address + kSm90Alignment - 1) / kSm90Alignment * kSm90Alignment);
-}
-
-// "" is success; anything else names the kernel and what CUDA said.
-ffi::Error finished(const char* op, const std::string& problem, const std::string& failure) {
-  if (failure.empty()) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string(op) + ": " + problem + ": " + failure);
-}
-
-ffi::Error moe_mlp(cudaStream_t stream, const MoeMlpCall& call) {
-  constexpr const char* kOp = "moe_mlp (sm90)";
-  Check check(kOp);
-  check_names(check, call.variant, call.format, call.tactic);
-  check_activation(check, call.activation);
-  check_sizes(check, call);
-  if (!check.ok()) return check.error();
-
-  sm90::MlpArgs args;
-  args.format = format_of(call.variant, call.format);
-  args.activation = static_cast<cuda::Activation>(*cpu::parse_activation(call.activation));
-  const bool gated = cuda::is_gated(args.activation);
-  check_buffers(check, call, {kBf16, kF16},
-                sm90::matrix_bytes(args.format, call.intermediate_size, call.hidden_size, gated),
-                sm90::matrix_bytes(args.format, call.hidden_size, call.intermediate_size, false));
-  check_experts(check, call.experts());
-  check_int32(check, "tokens times top_k", call.tokens() * call.top_k());
-  check_int32(check, "hidden_size", call.hidden_size);
-  check_int32(check, "twice intermediate_size", 2 * call.intermediate_size);
-  check.require(call.top_k() > 0, "expert_ids must have at least one choice for each token, got " +
-                                      describe(call.expert_ids));
-  check_aligned(check, "x", call.x);
-  check_aligned(check, "gate_up", call.gate_up);
-  check_aligned(check, "down", call.down);
-  check_aligned(check, "out", call.out);
-  args.shape = {call.tokens(), call.hidden_size, call.intermediate_size, call.experts(),
-                call.top_k()};
-  if (check.ok()) {
-    check_workspace(check, call.workspace,
-                    sm90_workspace_bytes(sm90::mlp_workspace_bytes(args.format, args.shape)));
-  }
-  if (!check.ok()) return check.error();
-  if (call.out.element_count() == 0) return ffi::Error::Success();
-
-  args.dtype = dtype_of(call.x);
-  args.num_params = static_cast<int>(dimension(call.activation_params, 0));
-  args.weight_on_input = call.weight_on_input;
-  args.x = call.x.untyped_data();
-  args.gate_up = data<const uint8_t>(call.gate_up);
-  args.gate_up_global = data<const float>(call.gate_up_global);
-  args.down = data<const uint8_t>(call.down);
-  args.down_global = data<const float>(call.down_global);
-  args.gate_up_bias = optional_data(call.gate_up_bias);
-  args.down_bias = optional_data(call.down_bias);
-  args.params = data<const float>(call.activation_params);
-  args.expert_ids = data<const int32_t>(call.expert_ids);
-  args.weights = data<const float>(call.weights);
-  args.expert_offset = data<const int32_t>(call.expert_offset);
-  args.out = call.out.untyped_data();
-  return finished(kOp,
-                  std::string(call.variant) + " of " + std::string(call.format) + ", x " +
-                      describe(call.x) + ", expert_ids " + describe(call.expert_ids) +
-                      ", E=" + text(call.experts()) + ", I=" + text(call.intermediate_size) +
-                      ", tactic " + quoted(call.tactic),
-                  sm90::moe_mlp(args, std::string(call.tactic), aligned(call.workspace), stream));
-}
-
-ffi::Error grouped_matmul(cudaStream_t stream, const GroupedMatmulCall& call) {
-  constexpr const char* kOp = "grouped_matmul (sm90)";
-  Check check(kOp);
-  check_names(check, call.variant, call.format, call.tactic);
-  check_sizes(check, call);
-  check.require(
-      call.n % 8 == 0,
-      "n must be a multiple of 8 (the kernel writes 16 bytes at a time), got " + text(call.n));
-  if (!check.ok()) return check.error();
-
-  sm90::GroupedArgs args;
-  args.format = format_of(call.variant, call.format);
-  check_buffers(check, call, {kBf16, kF16}, {call.x.element_type()},
-                sm90::matrix_bytes(args.format, call.n, call.k, false));
-  check.require(call.experts() > 0, "w must hold at least one expert, got " + describe(call.w));
-  check_experts(check, call.experts());
-  check_int32(check, "rows of x", call.rows());
-  check_int32(check, "n", call.n);
-  check_int32(check, "k", call.k);
-  check_aligned(check, "x", call.x);
-  check_aligned(check, "w", call.w);
-  check_aligned(check, "out", call.out);
-  args.shape = {call.rows(), call.n, call.k, call.experts(), call.groups()};
-  if (check.ok()) {
-    check_workspace(check, call.workspace,
-                    sm90_workspace_bytes(sm90::grouped_workspace_bytes(args.format, args.shape)));
-  }
-  if (!check.ok()) return check.error();
-  if (call.out.element_count() == 0) return ffi::Error::Success();
-
-  args.dtype = dtype_of(call.x);
-  args.x = call.x.untyped_data();
-  args.w = data<const uint8_t>(call.w);
-  args.w_global = data<const float>(call.w_global);
-  args.bias = optional_data(call.bias);
-  args.group_sizes = data<const int32_t>(call.group_sizes);
-  args.group_offset = data<const int32_t>(call.group_offset);
-  args.out = call.out.untyped_data();
-  return finished(
-      kOp,
-      std::string(call.variant) + " of " + std::string(call.format) + ", x " + describe(call.x) +
-          ", group_sizes " + describe(call.group_sizes) + ", E=" + text(call.experts()) +
-          ", n=" + text(call.n) + ", tactic " + quoted(call.tactic),
-      sm90::grouped_matmul(args, std::string(call.tactic), aligned(call.workspace), stream));
-}
-
-constexpr auto handle_moe_mlp = handle<MoeMlpCall, moe_mlp>;
-constexpr auto handle_grouped_matmul = handle<GroupedMatmulCall, grouped_matmul>;
-
-}  // namespace
 }  // namespace jaxmoe
 
 // Everything is enqueued on the one stream, with sizes that do not depend on the data: XLA may
 // record the calls into a CUDA graph.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_moe_mlp_sm90_v1, jaxmoe::handle_moe_mlp,
-                              jaxmoe::moe_mlp_binding<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .Attr<std::string_view>("tactic"),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_moe_mlp_sm90_v1, jaxmoe::handle_moe_mlp<jaxmoe::kSm90>,
+                              jaxmoe::gpu_moe_mlp_binding(),
                               {xla::ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    jaxmoe_grouped_matmul_sm90_v1, jaxmoe::handle_grouped_matmul,
-    jaxmoe::grouped_matmul_binding<xla::ffi::PlatformStream<cudaStream_t>>().Attr<std::string_view>(
-        "tactic"),
-    {xla::ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_grouped_matmul_sm90_v1,
+                              jaxmoe::handle_grouped_matmul<jaxmoe::kSm90>,
+                              jaxmoe::gpu_grouped_matmul_binding(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});

@@ -49,6 +49,12 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Brings the line of `at` into the L1 cache: an ordinary load, whose value nobody waits for.
+__device__ __forceinline__ void prefetch_l1(const void* at) {
+  [[maybe_unused]] uint32_t value;
+  asm volatile("ld.global.nc.b8 %0, [%1];" : "=r"(value) : "l"(at));
+}
+
 // ---- copies
 // ----------------------------------------------------------------------------------------
 
@@ -108,6 +114,21 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t* bar, uint32_t rank) 
       : "memory");
 }
 
+// 16 bytes by the thread itself, past L1; zeros where `live` is not set. Then `from` is not read.
+__device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, bool live = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(live ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until at most kPending of this thread's groups are under way.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 __device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
   uint4 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -134,9 +155,16 @@ __device__ __forceinline__ void store_shared_zero_16(uint32_t to) {
 // -----------------------------------------------------------------------------------------
 
 // Programmatic dependent launch: wait for what the previous kernel wrote; let the next one start.
-__device__ __forceinline__ void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Before SM 90 a kernel never starts early (launch.h).
+__device__ __forceinline__ void grid_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void grid_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // ---- fragments
@@ -152,6 +180,13 @@ __device__ __forceinline__ void load_matrices(uint32_t from, uint32_t (&r)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(from));
+}
+
+// An 8x8 matrix of 16-bit values, lane 4g + c with its row g, columns 2c and 2c + 1: transposed.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t v) {
+  uint32_t d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
+  return d;
 }
 
 __device__ __forceinline__ uint32_t splat_low_half(uint32_t v) {
@@ -173,7 +208,11 @@ template <>
 struct Pair<__nv_bfloat16> {
   static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
     uint32_t d;
+#if __CUDA_ARCH__ >= 900
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else  // the same bits: to add -0 changes nothing
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+#endif
     return d;
   }
   static __device__ __forceinline__ uint32_t make(float low, float high) {

@@ -8,14 +8,14 @@
 #ifndef JAXMOE_CSRC_SM90_DECODE_CUH_
 #define JAXMOE_CSRC_SM90_DECODE_CUH_
 
+#include "cuda/dequantize.cuh"
+#include "cuda/epilogue.cuh"
+#include "cuda/gemm.h"
+#include "cuda/layout.h"
 #include "cuda/ptx.cuh"
-#include "sm90/dequantize.cuh"
-#include "sm90/epilogue.cuh"
-#include "sm90/gemm.h"
-#include "sm90/layout.h"
+#include "cuda/tiles.cuh"
 #include "sm90/ring.cuh"
 #include "sm90/tactic.cuh"
-#include "sm90/tiles.cuh"
 
 namespace jaxmoe::sm90 {
 

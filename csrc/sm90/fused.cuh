@@ -23,12 +23,12 @@
 
 #include <utility>
 
+#include "cuda/dequantize.cuh"
+#include "cuda/epilogue.cuh"
+#include "cuda/fused.h"
 #include "cuda/launch.h"
+#include "cuda/layout.h"
 #include "cuda/ptx.cuh"
-#include "sm90/dequantize.cuh"
-#include "sm90/epilogue.cuh"
-#include "sm90/fused.h"
-#include "sm90/layout.h"
 #include "sm90/tactic.cuh"
 
 namespace jaxmoe::sm90 {

@@ -8,18 +8,19 @@
 // by kCluster * kStrips strips of 64 rows at a time, and takes every n-th tile. Its blocks have the
 // tokens in common: each fetches a part of them for all (multicast). One producer warp keeps the
 // ring of stages full, across tiles: tokens by the tensor map of the sorted rows, weights by bulk
-// copies of whole blocks.
+// copies of whole blocks. A scout warp is a tile or two ahead and has ready what the end of a tile
+// takes, so that the warpgroups that multiply go from tile to tile without a wait for memory.
 #ifndef JAXMOE_CSRC_SM90_GEMM_CUH_
 #define JAXMOE_CSRC_SM90_GEMM_CUH_
 
+#include "cuda/dequantize.cuh"
+#include "cuda/epilogue.cuh"
+#include "cuda/gemm.h"
+#include "cuda/layout.h"
 #include "cuda/ptx.cuh"
-#include "sm90/dequantize.cuh"
-#include "sm90/epilogue.cuh"
-#include "sm90/gemm.h"
-#include "sm90/layout.h"
+#include "cuda/tiles.cuh"
 #include "sm90/ring.cuh"
 #include "sm90/tactic.cuh"
-#include "sm90/tiles.cuh"
 #include "sm90/wgmma.cuh"
 
 namespace jaxmoe::sm90 {
@@ -30,8 +31,20 @@ inline constexpr int kSmallBoxRows = 8;     // in tiles of few tokens
 inline constexpr int kSmallBoxTokens = 24;  // at most
 inline constexpr int kRowBytes = 128;       // of a block of K: 64 numbers of 16 bits or 128 of e4m3
 
+inline constexpr int kBriefingSlots = 2;
+
+// What the scout tells of a tile.
+template <int kN>
+struct alignas(16) Briefing {
+  int expert, first_strip, tokens;  // tokens: -1 after the last tile
+  int padding;
+  int target[kN];    // row of `out` of each token
+  float weight[kN];  // what its sums are multiplied by
+};
+
 template <class T_, Format kFormat_, Epilogue kEpilogue_, int kN_, int kWarpgroups_,
-          int kStripsPerWarpgroup_, int kDepth_, int kStages_, int kCluster_, int kBlocksPerSm_ = 1>
+          int kStripsPerWarpgroup_, int kDepth_, int kStages_, int kCluster_, int kBlocksPerSm_ = 1,
+          int kUnusedRegisters_ = 0>
 struct GemmConfig {
   using T = T_;  // of `out`, and of x unless that is e4m3
   static constexpr Format kFormat = kFormat_;
@@ -50,12 +63,13 @@ struct GemmConfig {
   static constexpr bool kGated = is_gated(kEpilogue);
   static constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
   static constexpr int kThreads = kConsumers + kWarpgroupThreads;
-  // Registers a thread: few for the producer's warpgroup, of which one warp works, the rest for
-  // sums.
+  // Registers a thread: few for the producer's warpgroup, of which two warps work, the rest for
+  // sums. Some may be left unused: with fewer of them ptxas moves less across the products.
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = (65536 / kBlocksPerSm / kThreads / 8 * 8 * kThreads -
                                              kProducerRegisters * kWarpgroupThreads) /
-                                            kConsumers / 8 * 8;
+                                                kConsumers / 8 * 8 -
+                                            kUnusedRegisters_;
 
   static constexpr int kStrips = kWarpgroups * kStripsPerWarpgroup;
   static constexpr int kStripOutputs = kGated ? kStripRows / 2 : kStripRows;
@@ -66,17 +80,16 @@ struct GemmConfig {
   static constexpr int kTokenBytes = kDepth * kTileBytes;
   static constexpr int kStripBytes = kDepth * block_bytes(kFormat);
   static constexpr int kWeightBytes = kStrips * kStripBytes;
-  static constexpr int kOwnTokens = (kN + kWarpgroupThreads - 1) / kWarpgroupThreads;
   static constexpr int kChunk = 32;  // tokens that the epilogue transposes at once
   static constexpr int kPitch = kWarpgroupOutputs * 2 + 16;
   // Offsets in shared memory.
   static constexpr int kTokens = 0;
   static constexpr int kWeights = kTokens + kStages * kTokenBytes;
   static constexpr int kTransposed = kWeights + kStages * kWeightBytes;
-  static constexpr int kTargets = kTransposed + kWarpgroups * kChunk * kPitch;
-  static constexpr int kRowWeights = kTargets + kWarpgroups * kN * 4;
-  static constexpr int kBarriers = kRowWeights + kWarpgroups * kN * 4;
-  static constexpr int kTables = kBarriers + 2 * kStages * 8;
+  static constexpr int kBriefings = kTransposed + kWarpgroups * kChunk * kPitch;
+  static constexpr int kBarriers = kBriefings + kBriefingSlots * sizeof(Briefing<kN>);
+  static constexpr int kTables =
+      kBarriers + (2 * (kStages + kBriefingSlots) + (kCluster > 1 ? kStages : 0)) * 8;
   static constexpr int smem_bytes(int experts) {
     return 1024 + kTables + TileTable::bytes(experts);
   }
@@ -127,6 +140,9 @@ __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap*
       const uint32_t bytes = live * block_bytes(C::kFormat);
       uint64_t* full = &ring.full[at.slot];
       cuda::barrier_wait(&ring.empty[at.slot], at.phase ^ 1);
+      if constexpr (C::kCluster > 1) {  // and the other block's slot, which this one writes to
+        cuda::barrier_wait(&ring.empty_there[at.slot], at.phase ^ 1);
+      }
       if (lane == 0) {
         cuda::barrier_arrive_expect(full,
                                     live_strips * bytes + live * boxes * box_rows * kRowBytes);
@@ -154,17 +170,54 @@ __device__ __forceinline__ void produce(const GemmArgs& args, const CUtensorMap*
   }
 }
 
-// This warp is through with a stage: so the blocks of the cluster that fill it are told. Every warp
-// says so for itself, since nothing else holds the four warps of a warpgroup together. Its lanes
-// are together: a wait for wgmma comes first. (A __syncwarp here makes ptxas serialise every
-// wgmma.)
+// Briefs the warpgroups on the block's tiles, in order.
 template <class C>
-__device__ __forceinline__ void release(const Ring& ring, int slot) {
+__device__ __forceinline__ void scout(const GemmArgs& args, const TileTable& table,
+                                      Briefing<C::kN>* briefings, const Ring& ring, int row_tiles) {
   const int lane = threadIdx.x % 32;
-  if constexpr (C::kCluster == 1) {
-    if (lane == 0) cuda::barrier_arrive(&ring.empty[slot]);
-  } else if (lane < C::kCluster) {
-    cuda::barrier_arrive_at(&ring.empty[slot], lane);
+  Cursor<kBriefingSlots> at;
+  for (int tile = blockIdx.x / C::kCluster;; tile += gridDim.x / C::kCluster) {
+    Briefing<C::kN>& b = briefings[at.slot];
+    cuda::barrier_wait(&ring.empty[at.slot], at.phase ^ 1);
+    if (tile >= table.total()) {
+      if (lane == 0) b.tokens = -1;
+      cuda::barrier_arrive(&ring.full[at.slot]);
+      break;
+    }
+    const GemmTile<C> t(table, tile, row_tiles);
+    if (lane == 0) b.expert = t.expert, b.first_strip = t.first_strip, b.tokens = t.tokens;
+    for (int i = lane; i < t.tokens; i += 32) {
+      const int position = t.begin + i;
+      const int source = args.source ? args.source[position] : position;
+      float weight = args.row_weight ? args.row_weight[source] : 1.0f;
+      if constexpr (C::kFp8) weight *= args.row_scale[source];
+      b.target[i] = args.target ? args.target[position] : position;
+      b.weight[i] = weight;
+    }
+    const int first = t.first_strip * C::kStripOutputs;
+    Finish<typename C::T, C::kFormat, C::kEpilogue>::prefetch(
+        args, t.expert, first, min(C::kStrips * C::kStripOutputs, args.outputs - first), lane);
+    cuda::barrier_arrive(&ring.full[at.slot]);
+    at.advance();
+  }
+}
+
+// This thread is through with a stage. Every thread says so for itself, since nothing else holds
+// the four warps of a warpgroup together; one lane for its warp would not be faster, and a
+// __syncwarp before it makes ptxas serialise every wgmma.
+__device__ __forceinline__ void release(const Ring& ring, int slot) {
+  cuda::barrier_arrive(&ring.empty[slot]);
+}
+
+// This warp is through with the tokens of a stage, which the cluster's other block writes too. Not
+// beside the above: two arrivals in one place make ptxas serialise every wgmma.
+template <class C>
+__device__ __forceinline__ void release_there(const Ring& ring, int slot) {
+  static_assert(C::kCluster <= 2);
+  if constexpr (C::kCluster > 1) {
+    if (threadIdx.x % 32 == 0) {
+      cuda::barrier_arrive_at(&ring.empty_there[slot], cuda::cluster_rank() ^ 1);
+    }
   }
 }
 
@@ -209,24 +262,24 @@ __device__ __forceinline__ void multiply(float (&sum)[C::kStripsPerWarpgroup][kS
         wgmma_commit();
         wgmma_wait<1>();
         // The previous stage's last step is over: its slot can be filled again.
-        if (d == 0 && step == 0 && first > 0) release<C>(ring, previous);
+        if (d == 0 && step == 0 && first > 0) release(ring, previous);
+        if (d == 0 && step == 1 && first > 0) release_there<C>(ring, previous);
       }
     }
     previous = at.slot;
     at.advance();
   }
   wgmma_wait<0>();
-  release<C>(ring, previous);
+  release(ring, previous);
+  release_there<C>(ring, previous);
 }
 
 // Bias, activation, rounding; then through shared memory, since a lane holds a column and a row of
 // `out` must be written whole.
 template <class C, int kSize>
-__device__ __forceinline__ void finish(const GemmArgs& args, const GemmTile<C>& t,
+__device__ __forceinline__ void finish(const GemmArgs& args, const Briefing<C::kN>& tile,
                                        float (&sum)[C::kStripsPerWarpgroup][kSize], uint32_t smem,
-                                       uint8_t* pointer, int warpgroup,
-                                       const int (&target)[C::kOwnTokens],
-                                       const float (&weight)[C::kOwnTokens]) {
+                                       int warpgroup) {
   using T = typename C::T;
   constexpr int kStrips = C::kStripsPerWarpgroup;
   constexpr int kGroups = C::kChunk / 8;
@@ -234,27 +287,19 @@ __device__ __forceinline__ void finish(const GemmArgs& args, const GemmTile<C>& 
   const int warp = thread / 32, lane = thread % 32;
   const int matrix = lane / 8, row = lane % 8;
   const int barrier = 1 + warpgroup;
-  const int first_output = (t.first_strip + warpgroup * kStrips) * C::kStripOutputs;
-  int* targets = reinterpret_cast<int*>(pointer + C::kTargets) + warpgroup * C::kN;
-  float* weights = reinterpret_cast<float*>(pointer + C::kRowWeights) + warpgroup * C::kN;
-#pragma unroll
-  for (int i = 0; i < C::kOwnTokens; ++i) {
-    const int token = thread + i * kWarpgroupThreads;
-    if (token < C::kN) targets[token] = target[i], weights[token] = weight[i];
-  }
+  const int first_output = (tile.first_strip + warpgroup * kStrips) * C::kStripOutputs;
   const bool weighted = C::kFp8 || args.row_weight;
-  if (weighted) cuda::named_barrier(barrier, kWarpgroupThreads);
   const uint32_t transposed = smem + C::kTransposed + warpgroup * C::kChunk * C::kPitch;
   Finish<T, C::kFormat, C::kEpilogue> values[kStrips];
 #pragma unroll
   for (int s = 0; s < kStrips; ++s) {
-    values[s] = {args, t.expert, first_output + s * C::kStripOutputs + warp * C::kStripOutputs / 4,
-                 lane / 4};
+    values[s] = {args, tile.expert,
+                 first_output + s * C::kStripOutputs + warp * C::kStripOutputs / 4, lane / 4};
   }
 
 #pragma unroll
   for (int first = 0; first < C::kN; first += C::kChunk) {
-    if (first >= t.tokens) break;
+    if (first >= tile.tokens) break;
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
       uint32_t fragment[kGroups][2];
@@ -262,7 +307,7 @@ __device__ __forceinline__ void finish(const GemmArgs& args, const GemmTile<C>& 
       for (int group = 0; group < kGroups; ++group) {
         float2 w = {1.0f, 1.0f};
         if (weighted) {
-          w = *reinterpret_cast<const float2*>(weights + first + group * 8 + lane % 4 * 2);
+          w = *reinterpret_cast<const float2*>(tile.weight + first + group * 8 + lane % 4 * 2);
         }
         values[s](&sum[s][(first / 8 + group) * 4], w, fragment[group]);
       }
@@ -287,8 +332,9 @@ __device__ __forceinline__ void finish(const GemmArgs& args, const GemmTile<C>& 
     const int column = first_output + thread % kLanesPerRow * 8;
 #pragma unroll
     for (int r = thread / kLanesPerRow; r < C::kChunk; r += kRowsPerPass) {
-      if (first + r < t.tokens && column < args.outputs) {
-        auto* to = static_cast<T*>(args.out) + int64_t{targets[first + r]} * args.outputs + column;
+      if (first + r < tile.tokens && column < args.outputs) {
+        auto* to =
+            static_cast<T*>(args.out) + int64_t{tile.target[first + r]} * args.outputs + column;
         *reinterpret_cast<uint4*>(to) =
             cuda::load_shared_16(transposed + r * C::kPitch + thread % kLanesPerRow * 16);
       }
@@ -310,46 +356,33 @@ __device__ __forceinline__ void with_size(int tokens, Run run) {
 }
 
 template <class C>
-__device__ __forceinline__ void consume(const GemmArgs& args, const TileTable& table, uint32_t smem,
-                                        uint8_t* pointer, const Ring& ring, int warpgroup,
-                                        int row_tiles) {
-  const int thread = threadIdx.x % kWarpgroupThreads;
+__device__ __forceinline__ void consume(const GemmArgs& args, uint32_t smem,
+                                        const Briefing<C::kN>* briefings, const Ring& ring,
+                                        const Ring& briefing_ring, int warpgroup) {
   const int blocks = num_blocks(args.k, C::kFormat);
   const int strips = num_strips(args.outputs, C::kGated);
   Cursor<C::kStages> at;
-  for (int tile = blockIdx.x / C::kCluster; tile < table.total(); tile += gridDim.x / C::kCluster) {
-    const GemmTile<C> t(table, tile, row_tiles);
-    // Thread i of the warpgroup knows the tile's tokens i and i + 128: their rows of `out`, and
-    // what their sums are multiplied by.
-    int target[C::kOwnTokens];
-    float weight[C::kOwnTokens];
-#pragma unroll
-    for (int i = 0; i < C::kOwnTokens; ++i) {
-      const int token = thread + i * kWarpgroupThreads;
-      target[i] = 0, weight[i] = 1.0f;
-      if (token < t.tokens) {
-        const int position = t.begin + token;
-        target[i] = args.target ? args.target[position] : position;
-        if (args.row_weight) weight[i] = args.row_weight[args.source[position]];
-        if constexpr (C::kFp8) {
-          weight[i] *= args.row_scale[args.source ? args.source[position] : position];
-        }
-      }
-    }
-    if (t.first_strip + warpgroup * C::kStripsPerWarpgroup >= strips) {  // past the last row
+  Cursor<kBriefingSlots> next;
+  for (;; next.advance()) {
+    cuda::barrier_wait(&briefing_ring.full[next.slot], next.phase);
+    const Briefing<C::kN>& tile = briefings[next.slot];
+    if (tile.tokens < 0) break;
+    if (tile.first_strip + warpgroup * C::kStripsPerWarpgroup < strips) {
+      float sum[C::kStripsPerWarpgroup][C::kN / 2];
+      // An expert's last tile is rarely full: the smallest instruction that holds it will do.
+      with_size<C::kN>(tile.tokens, [&](auto size) {
+        multiply<C, decltype(size)::value>(sum, blocks, smem, ring, warpgroup, at);
+      });
+      finish<C>(args, tile, sum, smem, warpgroup);
+    } else {  // past the last row
       for (int block = 0; block < blocks; block += C::kDepth) {
         cuda::barrier_wait(&ring.full[at.slot], at.phase);
-        release<C>(ring, at.slot);
+        release(ring, at.slot);
+        release_there<C>(ring, at.slot);
         at.advance();
       }
-      continue;
     }
-    float sum[C::kStripsPerWarpgroup][C::kN / 2];
-    // An expert's last tile is rarely full: the smallest instruction that holds it will do.
-    with_size<C::kN>(t.tokens, [&](auto size) {
-      multiply<C, decltype(size)::value>(sum, blocks, smem, ring, warpgroup, at);
-    });
-    finish<C>(args, t, sum, smem, pointer, warpgroup, target, weight);
+    cuda::barrier_arrive(&briefing_ring.empty[next.slot]);
   }
 }
 
@@ -362,14 +395,22 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   const uint32_t smem = (base + 1023) & ~1023u;
   uint8_t* pointer = raw + (smem - base);
   auto* barriers = reinterpret_cast<uint64_t*>(pointer + C::kBarriers);
-  const Ring ring{barriers, barriers + C::kStages};
+  const Ring briefing_ring{barriers, barriers + kBriefingSlots};
+  barriers += 2 * kBriefingSlots;
+  const Ring ring{barriers, barriers + C::kStages, barriers + 2 * C::kStages};
+  auto* briefings = reinterpret_cast<Briefing<C::kN>*>(pointer + C::kBriefings);
   const int row_tiles = divide_up(num_strips(args.outputs, C::kGated), C::kCluster * C::kStrips);
   if (threadIdx.x == 0) {
     cuda::prefetch_map(&rows);
     cuda::prefetch_map(&small_rows);
     for (int i = 0; i < C::kStages; ++i) {
       cuda::barrier_init(&ring.full[i], 1);
-      cuda::barrier_init(&ring.empty[i], C::kCluster * C::kConsumers / 32);
+      cuda::barrier_init(&ring.empty[i], C::kConsumers);
+      if constexpr (C::kCluster > 1) cuda::barrier_init(&ring.empty_there[i], C::kConsumers / 32);
+    }
+    for (int i = 0; i < kBriefingSlots; ++i) {
+      cuda::barrier_init(&briefing_ring.full[i], 32);
+      cuda::barrier_init(&briefing_ring.empty[i], C::kConsumers);
     }
     cuda::fence_barrier_init();
   }
@@ -384,12 +425,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroupThreads, 0);
   if (warpgroup == C::kWarpgroups) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
-    if (threadIdx.x % kWarpgroupThreads < 32) {
-      produce<C>(args, &rows, &small_rows, table, smem, ring, row_tiles);
-    }
+    const int warp = threadIdx.x % kWarpgroupThreads / 32;
+    if (warp == 0) produce<C>(args, &rows, &small_rows, table, smem, ring, row_tiles);
+    if (warp == 1) scout<C>(args, table, briefings, briefing_ring, row_tiles);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kConsumerRegisters));
-    consume<C>(args, table, smem, pointer, ring, warpgroup, row_tiles);
+    consume<C>(args, smem, briefings, ring, briefing_ring, warpgroup);
   }
   // A block must not leave while others may still write to it.
   if constexpr (C::kCluster > 1) cuda::cluster_sync();

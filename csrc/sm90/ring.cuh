@@ -10,6 +10,8 @@ namespace jaxmoe::sm90 {
 struct Ring {
   uint64_t* full;   // weights and tokens are in
   uint64_t* empty;  // every consumer is through
+  // Those of the cluster's other block are; only for a ring that both blocks fill.
+  uint64_t* empty_there = nullptr;
 };
 
 // Position in the ring, and the parity of how often it has gone round.

@@ -5,7 +5,8 @@ namespace jaxmoe::sm90 {
 namespace {
 
 template <class T, Format kFormat, Epilogue kEpilogue>
-using Config = GemmConfig<T, kFormat, kEpilogue, 192, 3, 1, 1, is_fp8(kFormat) ? 5 : 6, 1, 1>;
+using Config = GemmConfig<T, kFormat, kEpilogue, 192, 3, 1, is_fp8(kFormat) ? 1 : 2,
+                          is_fp8(kFormat) ? 5 : 3, 1, 1>;
 using All = Instances<Config, GemmRun, GemmArgs, Format::kNvfp4, Format::kMxfp4, Format::kMxfp4Fp8>;
 
 }  // namespace

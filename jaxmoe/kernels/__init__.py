@@ -19,11 +19,11 @@ import jax
 from jaxmoe import capability, tuning
 from jaxmoe.capability import TABLE, Problem, Resolution, Row
 from jaxmoe.experts import CANONICAL, ExpertWeights, PreparedMatrix, format_of, is_plain
-from jaxmoe.kernels import cpu, layouts, sm90, xla
+from jaxmoe.kernels import cpu, layouts, sm80, sm90, xla
 from jaxmoe.kernels.xla import MlpConfig
 from jaxmoe.quantization import QuantizedTensor
 
-FAMILIES: Mapping[str, ModuleType] = MappingProxyType({"cpu": cpu, "sm90": sm90})
+FAMILIES: Mapping[str, ModuleType] = MappingProxyType({"cpu": cpu, "sm80": sm80, "sm90": sm90})
 _ROWS: Mapping[str, Row] = MappingProxyType({row.variant: row for row in TABLE})
 _disqualified: dict[str, str] = {}
 

@@ -1,4 +1,4 @@
-"""The `sm90_fragment` layout of packed FP4 weights, read by the Hopper kernels.
+"""The `sm90_fragment` layout of packed FP4 weights, read by the kernels for SM 80 and newer.
 
 A matrix `W[N, K]` of one expert is cut into strips of 64 rows and these into blocks of 64 elements
 of K, so that a block is one contiguous copy and each thread finds in it what it multiplies:
@@ -19,7 +19,7 @@ byte is `(exponent + 20) << 3 | mantissa`, subnormals normalised. MXFP4: exponen
 for the largest scale of the matrix, whose value becomes the global scale. A scale of zero, and an
 MXFP4 scale more than 2^243 times smaller than the largest, make their block's elements zero.
 
-Source: csrc/sm90/layout.h and csrc/sm90/dequantize.cuh.
+Source: csrc/cuda/layout.h and csrc/cuda/dequantize.cuh.
 """
 
 from __future__ import annotations
