@@ -76,7 +76,7 @@ def test_grouped_shards_cover_the_whole(implementation):
     bias = problem.call_kwargs()["bias"]
     call = compiled_grouped(implementation)
     parts = [
-        np.asarray(call(x, w[lo : lo + 4], sizes, bias[lo : lo + 4], jnp.int32(lo)))
+        np.asarray(call(x, w[lo : lo + 4], sizes, bias[lo : lo + 4], None, jnp.int32(lo)))
         for lo in (0, 4)
     ]
     alone = np.where(parts[0].astype(np.float32) != 0, parts[0], parts[1])
@@ -147,7 +147,7 @@ def test_grouped_prepared_weights_give_the_same_bits(implementation, weight_form
     problem = problems.random_grouped(GroupedSpec(dtype="bfloat16", weight_format=weight_format))
     x, w, sizes = problem.call_args()
     prepared = jaxmoe.prepare(w, implementation)
-    y = compiled_grouped(implementation)(x, prepared, sizes, None, None)
+    y = compiled_grouped(implementation)(x, prepared, sizes, None, None, None)
     assert_same_bits(np.asarray(y), run_grouped(problem, implementation))
 
 
