@@ -14,7 +14,7 @@ from typing import Any
 from jaxmoe.capability.problem import Problem
 from jaxmoe.capability.requirements import has_compute, reject
 from jaxmoe.capability.resolution import Rejection, Resolution, UnsupportedError
-from jaxmoe.capability.table import COMPUTE, TABLE, Row
+from jaxmoe.capability.table import TABLE, Row
 from jaxmoe.capability.targets import Target
 
 Request = str | Sequence[str] | None
@@ -80,20 +80,18 @@ def resolve(
         degraded_from=problem.declared if degraded else None,
         selected_by="auto" if names is None else "request",
         evidence=f"{row.evidence} ({row.record})" if row.record else row.evidence,
-        input_scales=_input_scales(row, problem, compute),
+        input_scales=_input_scales(row, problem),
         **common,
     )
 
 
-def _input_scales(row: Row, problem: Problem, compute: str) -> str:
+def _input_scales(row: Row, problem: Problem) -> str:
     """What becomes of the weights' static input scales; "" where there are none."""
     if not problem.input_scales:
         return ""
     if row.input_scales:
         return f"{row.variant} quantises activations by them"
-    if compute == COMPUTE[problem.weight_format][-1]:
-        return f"ignored: {row.variant} reads activations as they are"
-    return f"ignored: {row.variant} scales each row by its own largest value"
+    return f"ignored: {row.variant} reads activations as they are"
 
 
 def explain(problem: Problem, target: Target, request: Request = None) -> str:
