@@ -121,10 +121,10 @@ def fp8_rows(x: np.ndarray, input_scale: float | None = None) -> np.ndarray:
     """float64: e4m3(x / s) s, where s of a row is the least power of two with max|x| / s <= 448.
 
     s is 1 for a row of zeros, and neither s nor 1 / s is a subnormal float32. Or s is
-    `input_scale`: then x / s is a float32, and e4m3 saturates at 448.
+    `input_scale`: then x times 1 / s, both float32, and e4m3 saturates at 448.
     """
     if input_scale is not None:
-        quotient = np.asarray(x).astype(np.float32) / np.float32(input_scale)
+        quotient = np.asarray(x).astype(np.float32) * (np.float32(1) / np.float32(input_scale))
         codes = np.clip(rounded(quotient.astype(np.float64), 3, -6), -448, 448)
         return codes * float(np.float32(input_scale))
     fraction, exponent = np.frexp(np.abs(x).max(-1, keepdims=True, initial=0) / 448)

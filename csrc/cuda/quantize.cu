@@ -1,7 +1,5 @@
 #include <cuda_fp8.h>
 
-#include <type_traits>
-
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 #include "cuda/quantize.h"
@@ -28,16 +26,21 @@ __device__ __forceinline__ uint32_t scale_exponent(float most) {
   return most == 0.0f ? 127 : max(exponent, 1);
 }
 
-// Each value by `by`: divided if kFixed, else multiplied.
-template <class T, bool kFixed>
-__device__ __forceinline__ uint2 to_e4m3(uint4 v, float by) {
+// Of a normal float, rounded to nearest or to its neighbour. (A division calls a subroutine, around
+// which registers would go to local memory.)
+__device__ __forceinline__ float reciprocal(float x) {
+  const float estimate = __fdividef(1.0f, x);
+  return fmaf(estimate, fmaf(-x, estimate, 1.0f), estimate);
+}
+
+template <class T>
+__device__ __forceinline__ uint2 to_e4m3(uint4 v, float factor) {
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
   uint32_t half[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float low = Pair<T>::low(words[i]), high = Pair<T>::high(words[i]);
     half[i] = __nv_cvt_float2_to_fp8x2(
-        kFixed ? make_float2(low / by, high / by) : make_float2(low * by, high * by),
+        make_float2(Pair<T>::low(words[i]) * factor, Pair<T>::high(words[i]) * factor),
         __NV_SATFINITE, __NV_E4M3);
   }
   return make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);
@@ -45,7 +48,7 @@ __device__ __forceinline__ uint2 to_e4m3(uint4 v, float by) {
 
 // kRowWarps warps share a row: one, or the whole block of threads. A thread reads kHeld chunks of
 // eight numbers once and keeps them, more than that twice.
-template <class T, bool kFixed, int kRowWarps, int kHeld>
+template <class T, int kRowWarps, int kHeld>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeArgs args) {
   constexpr int kLanes = kRowWarps * 32;
   __shared__ uint32_t warp_most[kWarps];
@@ -78,8 +81,8 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeArgs args) {
 
   const float value = Pair<T>::low(most);
   const uint32_t exponent = scale_exponent(value);
-  const float scale = kFixed ? *args.fixed : __uint_as_float(exponent << 23);
-  const float by = kFixed ? scale : __uint_as_float((254 - exponent) << 23);
+  const float scale = args.fixed ? *args.fixed : __uint_as_float(exponent << 23);
+  const float factor = args.fixed ? reciprocal(scale) : __uint_as_float((254 - exponent) << 23);
   if (lane == 0) {
     const bool finite = value <= 3.4e38f;  // not if NaN
     args.scale[row] = finite ? scale : __uint_as_float(0x7fffffffu);
@@ -87,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeArgs args) {
   const int32_t* positions =
       args.position_of ? args.position_of + int64_t{row} * args.copies : nullptr;
   const auto write = [&](int chunk, uint4 v) {
-    const uint2 q = to_e4m3<T, kFixed>(v, by);
+    const uint2 q = to_e4m3<T>(v, factor);
     uint2* out = static_cast<uint2*>(args.out) + chunk;
     if (positions == nullptr) {
       out[int64_t{row} * chunks] = q;
@@ -105,30 +108,25 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeArgs args) {
   for (int chunk = lane + kHeld * kLanes; chunk < chunks; chunk += kLanes) write(chunk, x[chunk]);
 }
 
-template <class T, bool kFixed>
+template <class T>
 cudaError_t quantize(const QuantizeArgs& args, cudaStream_t stream) {
   const auto with_warps = [&](auto kernel) {
     return launch(kernel, dim3((args.rows + kWarps - 1) / kWarps), kThreads, 0, stream, args);
   };
   // A warp for a row where there are rows enough, and a lane can keep its part.
   if (args.rows >= kRowsForWarps && args.k <= 8 * 8 * 32) {
-    return with_warps(quantize_kernel<T, kFixed, 1, 8>);
+    return with_warps(quantize_kernel<T, 1, 8>);
   }
   if (args.rows >= kRowsForWarps && args.k <= 12 * 8 * 32) {
-    return with_warps(quantize_kernel<T, kFixed, 1, 12>);
+    return with_warps(quantize_kernel<T, 1, 12>);
   }
-  return launch(quantize_kernel<T, kFixed, kWarps, 8>, dim3(args.rows), kThreads, 0, stream, args);
+  return launch(quantize_kernel<T, kWarps, 8>, dim3(args.rows), kThreads, 0, stream, args);
 }
 
 }  // namespace
 
 cudaError_t quantize_rows(const QuantizeArgs& args, cudaStream_t stream) {
-  const auto run = [&](auto fixed) {
-    constexpr bool kFixed = decltype(fixed)::value;
-    return args.fp16 ? quantize<__half, kFixed>(args, stream)
-                     : quantize<__nv_bfloat16, kFixed>(args, stream);
-  };
-  return args.fixed ? run(std::true_type()) : run(std::false_type());
+  return args.fp16 ? quantize<__half>(args, stream) : quantize<__nv_bfloat16>(args, stream);
 }
 
 }  // namespace jaxmoe::cuda

@@ -10,9 +10,9 @@
 namespace jaxmoe::cuda {
 
 // out = e4m3(x / scale), rounded to nearest even, where a row's scale is the smallest power of two
-// with max |x| / scale <= 448 (1 for a row of zeros; at least 2^-126), or else `fixed`, and what is
-// beyond 448 then becomes 448. A row that holds an infinity or NaN gets a scale of NaN, so that its
-// results are NaN too.
+// with max |x| / scale <= 448 (1 for a row of zeros; at least 2^-126), or else `fixed`: then x is
+// multiplied by 1 / fixed, both rounded to float32, and what is beyond 448 becomes 448. A row that
+// holds an infinity or NaN gets a scale of NaN, so that its results are NaN too.
 struct QuantizeArgs {
   const void* x;  // [rows, k], bf16 or fp16; k a multiple of 8
   bool fp16;
