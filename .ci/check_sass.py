@@ -45,8 +45,8 @@ EMULATED = {
 }
 # Kernels around the products, which any SM could run.
 OTHERS = "quantize_kernel|combine_kernel|arguments_kernel"
-# Of those, the kernels that divide as IEEE 754 says: a subroutine does it, around which registers go
-# to local memory.
+# Of those, the kernels that divide as IEEE 754 says: a subroutine does it, around which registers
+# go to local memory.
 DIVIDING = "blackwell.*quantize_kernel"
 
 
