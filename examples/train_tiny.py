@@ -130,7 +130,7 @@ def graphs(
     """The model's graph, the same with fake-quantised experts, and the initial parameters."""
     model = models.Decoder(config, attention=attention, dtype=dtype, rngs=nnx.Rngs(seed))
     graph, params = nnx.split(model)
-    model.layers.block.moe.qat = "nvfp4"
+    model.layers.stacks[0].blocks[0].moe.qat = "nvfp4"
     return graph, nnx.split(model)[0], params
 
 

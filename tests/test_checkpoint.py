@@ -1,5 +1,7 @@
 """Safetensors files: bits survive, damage is named, a write is all or nothing."""
 
+import doctest
+import importlib
 import json
 import os
 import struct
@@ -232,3 +234,11 @@ def test_written_file_has_the_usual_permissions(file, tmp_path):
     usual = tmp_path / "usual"
     usual.touch()
     assert file.stat().st_mode == usual.stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["_file", "_folder", "_layouts", "_safetensors"])
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(f"jaxmoe.checkpoint.{name}")
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -2,18 +2,21 @@
 
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_text import write_tokenizer
 
 import jaxmoe
 from jaxmoe import benchmark, checkpoint, kernels, tuning
-from jaxmoe.cli import _doctor, _explain, _generate, _quantize, _tune, main
+from jaxmoe.cli import _doctor, _explain, _generate, _quantize, _quantize_write, _tune, main
 from jaxmoe.kernels import cpu
 
 MACHINE = benchmark.Machine("test machine", "cpu", bandwidth=1e10, peak=1e11, cache_bytes=0)
@@ -510,14 +513,10 @@ def test_quantize_tensors_that_it_cannot(run, tmp_path, tensor, complaint):
     assert _files(tmp_path) == ["in.safetensors"]
 
 
-@pytest.mark.parametrize("folder", [False, True])
-def test_an_interrupted_quantize_leaves_nothing(run, tmp_path, source, monkeypatch, folder):
-    src = source[0]
-    if folder:
-        (tmp_path / "src").mkdir()
-        src = src.rename(tmp_path / "src" / "a.safetensors").parent
-    before = _files(tmp_path)
-    calls = []
+@pytest.fixture
+def full_disk(monkeypatch):
+    """The disk is full after two matrices; returns what makes room again."""
+    quantize_matrix, calls = _quantize_write._quantize_matrix, []
 
     def fails(*args):
         calls.append(args)
@@ -525,11 +524,49 @@ def test_an_interrupted_quantize_leaves_nothing(run, tmp_path, source, monkeypat
             raise OSError("no space left on device")
         return quantize_matrix(*args)
 
-    quantize_matrix = _quantize._quantize_matrix
-    monkeypatch.setattr(_quantize, "_quantize_matrix", fails)
-    code, _, err = run("quantize", src, tmp_path / "dst", "--format", "nvfp4")
+    monkeypatch.setattr(_quantize_write, "_quantize_matrix", fails)
+    return lambda: monkeypatch.setattr(_quantize_write, "_quantize_matrix", quantize_matrix)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_an_interrupted_quantize_of_a_file_leaves_nothing(run, tmp_path, source):
+    before = _files(tmp_path)
+    code, _, err = run("quantize", source[0], tmp_path / "dst", "--format", "nvfp4")
     assert (code, err) == (1, "jaxmoe: error: no space left on device\n")
     assert _files(tmp_path) == before
+
+
+def test_an_interrupted_quantize_of_a_folder_goes_on(run, tmp_path, source, full_disk):
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    src.mkdir()
+    checkpoint.save(src / "0.safetensors", {"moe.down": _random(1, 4, 32)})
+    source[0].rename(src / "1.safetensors")
+    (src / "config.json").write_text("{}")
+    code, _, err = run("quantize", src, dst, "--format", "nvfp4")
+    assert (code, err) == (1, "jaxmoe: error: no space left on device\n")
+    assert not dst.exists()
+    partial = tmp_path / ".dst.partial"
+    assert _files(partial) == ["0.safetensors", "job.json"]  # without config.json, no checkpoint
+    full_disk()
+    written = (partial / "0.safetensors").stat().st_ino
+    code, _, err = run("quantize", src, dst, "--format", "nvfp4")
+    assert code == 0
+    assert "1 of 2 files were there from before" in plain(err)
+    assert (dst / "0.safetensors").stat().st_ino == written
+    assert _files(dst) == _files(src)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
+
+
+def test_an_interrupted_quantize_of_another_job_is_thrown_away(run, tmp_path, source, full_disk):
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    src.mkdir()
+    checkpoint.save(src / "0.safetensors", {"moe.down": _random(1, 4, 32)})
+    source[0].rename(src / "1.safetensors")
+    run("quantize", src, dst, "--format", "nvfp4")
+    full_disk()
+    code, _, err = run("quantize", src, dst, "--format", "mxfp4")
+    assert (code, "from before" in err) == (0, False)
+    assert checkpoint.load(dst / "0.safetensors")["moe.down"].format.name == "mxfp4"
 
 
 # --- generate -----------------------------------------------------------------------------------
@@ -576,10 +613,47 @@ def test_generate_runs_the_best_kernel_and_says_why(run, model_folder):
     assert re.search(r"kernel: \w+ \(w4a16\), the best that can run here", err)
 
 
+@pytest.fixture(scope="module")
+def pretrained_folder(tmp_path_factory):
+    """A tiny Qwen3-MoE checkpoint as on Hugging Face, with a tokenizer."""
+    pytest.importorskip("flax", reason="needs the flax extra")
+    source = Path(__file__).parent / "data" / "models" / "qwen3_moe"
+    folder = tmp_path_factory.mktemp("hf") / "m"
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}:"
+    write_tokenizer(folder, vocab_size=48, template=template)
+    for path in source.iterdir():
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_generate_from_a_hugging_face_folder(run, pretrained_folder):
+    arguments = ("generate", pretrained_folder, "AB", "--max-new-tokens", 20, "--batch", 3)
+    code, answer, err = run(*arguments)
+    assert code == 0
+    assert "new tokens; read in" in err
+    assert "layers 0, 2: kernel: xla" in err
+    code, raw, err = run(*arguments, "--raw", "--format", "nvfp4", "--implementation", "xla")
+    assert code == 0
+    assert raw.startswith("AB")
+    assert "layers 0, 2: kernel: xla (w4a16), as requested" in err
+    assert answer != raw
+
+
+def test_generate_takes_one_prompt(run, pretrained_folder, tmp_path):
+    code, _, err = run("generate", pretrained_folder, "A", "B")
+    assert code == 2
+    assert "must be one argument, got 2" in plain(err)
+    shutil.copytree(pretrained_folder, tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    code, _, err = run("generate", tmp_path / "m", "A")
+    assert code == 1
+    assert "tokenizer.json: missing" in err
+
+
 def test_generate_text_that_does_not_fit(run, model_folder):
     code, out, err = run("generate", "x" * 90, "--model", model_folder, "--max-new-tokens", 50)
     assert (code, out) == (2, "")
-    assert "must fit into 96 bytes" in plain(err)
+    assert "must fit into 96 tokens" in plain(err)
 
 
 def test_generate_without_a_model(run, tmp_path):
@@ -604,6 +678,10 @@ def test_rates_separate_prefill_from_decode():
     assert clock.rates(100) == (50.0, 8.0)
     clock.arrivals = clock.arrivals[:1]
     assert clock.rates(100) == (None, None)
+
+
+def test_layers_of_one_kernel_are_named_together():
+    assert _generate._ranges([0, 2, 3, 4, 7, 8]) == "0, 2-4, 7-8"
 
 
 # --- bench --------------------------------------------------------------------------------------

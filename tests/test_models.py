@@ -13,7 +13,8 @@ from flax import nnx
 
 from jaxmoe import checkpoint, models
 from jaxmoe import nn as moe_nn
-from jaxmoe.models import DecoderConfig, Sampling, _decoder, _evaluation, _generation, _sampling
+from jaxmoe.models import DecoderConfig, Rope, Sampling, _evaluation, _generation, _rope, _sampling
+from jaxmoe.models._cache import Place
 
 CONFIG = DecoderConfig(
     hidden_size=64,
@@ -134,7 +135,7 @@ def rotate_complex(x, position, theta):
 def test_rotation_is_a_complex_multiplication():
     x = np.random.default_rng(0).normal(size=(2, 5, 3, 16))
     position = np.array([0, 1, 7, 500, 1023])
-    y = _decoder.rotate(jnp.float32(x), jnp.int32(position), 10000.0)
+    y = _rope.rotate(jnp.float32(x), jnp.int32(position)[None], Rope(16, 10000.0))
     # The angle itself carries float32 rounding: up to 1023 * 2^-24.
     np.testing.assert_allclose(y, rotate_complex(x, position, 10000.0), atol=3e-4)
     np.testing.assert_array_equal(y[:, 0], np.float32(x[:, 0]))
@@ -142,7 +143,7 @@ def test_rotation_is_a_complex_multiplication():
 
 def attention_oracle(layer, x):
     """Float64 grouped-query attention, one query head and position at a time."""
-    c = layer.config
+    c = CONFIG
     x = np.asarray(x, np.float64)
     b, t, _ = x.shape
 
@@ -169,7 +170,8 @@ def test_attention_matches_numpy(unquantized):
     layer = unquantized.layers[1].attention
     layer.query_norm.scale[...] = jnp.linspace(0.5, 2, CONFIG.head_dim)
     x = jax.random.normal(jax.random.key(1), (2, 9, CONFIG.hidden_size))
-    y, cache = jax.jit(lambda x: layer(x))(x)
+    place = Place(jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.full(2, 9))
+    y, cache = jax.jit(lambda x: layer(x, place, None, 0))(x)
     assert cache is None
     expected = attention_oracle(layer, x)
     error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
@@ -193,7 +195,7 @@ def test_cache_gives_the_logits_of_the_whole_text(model):
     got = []
     for start, end in itertools.pairwise([0, 7, 8, 9, 16, 23, 24]):
         logits, cache, _ = run(graph, state, ids[:, start:end], cache)
-        assert int(cache.length) == end
+        assert cache.length.tolist() == [end, end]
         got.append(logits)
     expected = logits_of(model, ids)
     error = np.linalg.norm(jnp.concatenate(got, axis=1) - expected)
@@ -203,7 +205,10 @@ def test_cache_gives_the_logits_of_the_whole_text(model):
 def test_layers_run_one_after_the_other(model):
     ids = tokens(2, CONFIG.max_length)
     x = model.embed(ids)
-    run_block = jax.jit(lambda graph, state, x: nnx.merge(graph, state)(x)[0], static_argnums=0)
+    place = Place(jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), jnp.full(2, ids.shape[1]))
+    run_block = jax.jit(
+        lambda graph, state, x: nnx.merge(graph, state)(x, place)[0], static_argnums=0
+    )
     assert len(model.layers) == CONFIG.num_layers
     for block in model.layers:
         x = run_block(*nnx.split(block), x)
@@ -369,12 +374,15 @@ def test_text_does_not_depend_on_the_stride(model):
 
 def test_cache_is_donated(model):
     graph, state = nnx.split(model)
-    cache, logits = _generation._read(graph, state, np.zeros((1, 64), np.int32), np.int32(5))
-    assert int(cache.length) == 5
+    empty, logits = _generation._start(graph, state, 1, 96)
+    cache, logits = _generation._read(
+        graph, state, empty, logits, np.zeros((1, 64), np.int32), np.int32([5])
+    )
+    assert cache.length.tolist() == [5]
     new, _, _ = _generation._draw(graph, GREEDY, 4, state, cache, logits, np.uint32(0))
-    assert cache.keys.is_deleted()
-    assert cache.values.is_deleted()
-    assert int(new.length) == 9
+    for old in (empty, cache):
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    assert new.length.tolist() == [9]
 
 
 def test_only_byte_level_models_write():
@@ -447,7 +455,7 @@ def test_saving_again_writes_the_same_bytes(folder, tmp_path):
 def test_loaded_model_is_the_quantised_one(folder, weight_format):
     quantized = moe_nn.quantize(models.load(folder, "bf16"), weight_format)
     loaded = models.load(folder, weight_format)
-    assert loaded.layers.block.moe.weight_format == weight_format
+    assert loaded.layers[0].moe.weight_format == weight_format
     expected, got = nnx.to_flat_state(nnx.state(quantized)), nnx.to_flat_state(nnx.state(loaded))
     assert [path for path, _ in got] == [path for path, _ in expected]
     leaves = [jax.tree_util.tree_leaves_with_path(side) for side in (expected, got)]
@@ -469,14 +477,14 @@ def test_loaded_model_computes_what_the_quantised_one_does(folder):
 def test_bf16_files_hold_the_rounded_weights(unquantized, folder):
     stored = checkpoint.load(folder / "experts-bf16.safetensors")
     for i in range(CONFIG.num_layers):
-        expected = unquantized.layers.block.moe.down[...][i].astype(jnp.bfloat16)
+        expected = unquantized.layers[i].moe.down[...].astype(jnp.bfloat16)
         np.testing.assert_array_equal(
             np.float32(stored[f"layers.{i}.moe.down"]), np.float32(expected)
         )
 
 
 def test_default_format_is_fp4(folder):
-    assert models.load(folder).layers.block.moe.weight_format == "nvfp4"
+    assert models.load(folder).layers[0].moe.weight_format == "nvfp4"
 
 
 def test_experts_may_lie_in_another_folder(folder, tmp_path):

@@ -86,7 +86,10 @@ def numpy_layer(layer, x, route, params=()):
     )
     if layer.shared_experts:
         hidden, _, _ = oracle.activate(name, x @ f64(layer.shared_gate_up).T, params)
-        out = out + hidden @ f64(layer.shared_down).T
+        shared = hidden @ f64(layer.shared_down).T
+        if layer.shared_gate is not None:
+            shared = shared / (1 + np.exp(-x @ f64(layer.shared_gate).T))
+        out = out + shared
     return out
 
 
@@ -114,6 +117,7 @@ CASES = {
         (1.702, 1.0, 7.0),
     ),
     "shared experts": ({"shared_experts": 2}, NORM, ()),
+    "shared experts with a gate": ({"shared_experts": 1, "shared_gate": True}, NORM, ()),
     "no gate, shared": ({"activation": "relu2", "shared_experts": 1, "use_bias": True}, NORM, ()),
     "weight on input": (
         {"router": "llama4", "top_k": 1},

@@ -76,5 +76,5 @@ def test_text_is_the_same_every_time_and_looks_like_code(prepared):
 
 
 def test_prepared_weights_write_the_same_text(canonical, prepared):
-    assert prepared.layers.block.moe.layout == canonical.layers.block.moe.explain().layout
+    assert prepared.layers[0].moe.layout == canonical.layers[0].moe.explain().layout
     assert write(prepared) == write(canonical)

@@ -58,34 +58,55 @@ def _options(
 
 @app.command()
 def generate(
-    prompt: Annotated[
-        str | None, Argument(metavar="[PROMPT]", help="Text to continue.", show_default=False)
+    words: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="[FOLDER] [PROMPT]",
+            help="Folder of a model (default: the bundled one), and the text to continue or the "
+            "question to answer.",
+            show_default=False,
+        ),
     ] = None,
-    weight_format: Annotated[Fp4, Option("--format", help="Format of the experts.")] = "nvfp4",
-    max_new_tokens: Annotated[
-        int, Option(min=1, help="Stop after this many tokens (bytes).")
-    ] = 256,
+    weight_format: Annotated[
+        Fp4 | None,
+        Option(
+            "--format",
+            help="Format of the experts. Default: nvfp4 for the bundled model, else as they are; "
+            "experts that are not quantised yet can be.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Stop after this many tokens.")] = 256,
     temperature: Annotated[float, Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
+    top_k: Annotated[int | None, Option(help="Draw from this many of the likeliest.")] = None,
     top_p: Annotated[float, Option(help="Draw from the likeliest tokens of this mass.")] = 0.95,
     seed: Annotated[int, Option(min=0, help="Of the random choices.")] = 0,
+    batch: Annotated[int, Option(min=1, help="Texts written at once; the first is shown.")] = 1,
+    raw: Annotated[
+        bool, Option("--raw", help="Continue the text, though the model has a chat template.")
+    ] = False,
     implementation: Implementation = None,
     model: Annotated[
-        Path | None, Option(help="Folder of another model that jaxmoe.models.save wrote.")
+        Path | None, Option(help="Folder of the model, in place of the argument.")
     ] = None,
 ) -> None:
-    """Write text with the bundled FP4 model.
+    """Write text with the bundled FP4 model, or one from Hugging Face.
 
-    The text goes to stdout; tokens/s, the kernel that ran, and why, go to stderr.
+    FOLDER holds what a model's page there does (config.json, safetensors files, tokenizer.json), or
+    what jaxmoe.models.save wrote. The text goes to stdout; tokens/s, the kernel of each layer, and
+    why, go to stderr.
     """
     from jaxmoe.cli._generate import generate as command
 
     command(
-        prompt=prompt,
+        words=words or [],
         weight_format=weight_format,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
         top_p=top_p,
         seed=seed,
+        batch=batch,
+        raw=raw,
         implementation=implementation,
         folder=model,
     )
@@ -198,17 +219,57 @@ def quantize(
         Literal["amax", "mse"], Option(help="How scales are chosen; mse searches and is slower.")
     ] = "amax",
     force: Annotated[bool, Option("--force", help="Replace DST if it exists.")] = False,
+    layout: Annotated[
+        Literal["jaxmoe", "modelopt", "compressed-tensors", "gpt-oss"],
+        Option(help="Whose names and configuration the result has; all but jaxmoe need a folder."),
+    ] = "jaxmoe",
+    input_scales: Annotated[
+        Path | None,
+        Option(
+            exists=True,
+            dir_okay=False,
+            help="JSON file with the scale of each quantised module's input (its largest magnitude "
+            "/ 2688) by name or pattern; without it, only weights are FP4.",
+        ),
+    ] = None,
 ) -> None:
     """Quantise the expert weights of a checkpoint, tensor by tensor.
 
     Weights are taken as [N, K] or [E, N, K], with the contracted axis K last. Everything else is
-    copied unchanged. DST appears when it is complete; read it with jaxmoe.checkpoint.load.
+    copied unchanged (block-scaled FP8 becomes BF16). DST appears when it is complete and was
+    checked; an interrupted run of a folder goes on where it was when the same command is run again.
+    Read the result with jaxmoe.checkpoint.open_folder (a folder) or jaxmoe.checkpoint.load (a file
+    of layout jaxmoe).
     """
     from jaxmoe.cli._quantize import quantize as command
 
     command(
-        src=src, dst=dst, weight_format=weight_format, include=include, method=method, force=force
+        src=src,
+        dst=dst,
+        weight_format=weight_format,
+        include=include,
+        method=method,
+        force=force,
+        layout_name=layout,
+        input_scales=input_scales,
     )
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, Argument(exists=True, help="A Hugging Face folder.")],
+    deep: Annotated[
+        bool, Option("--deep", help="Also read the values of all scales, not only headers.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """List what a checkpoint folder holds: formats, sizes and problems.
+
+    Exits with 1 if there are problems.
+    """
+    from jaxmoe.cli._inspect import inspect as command
+
+    command(folder=folder, deep=deep, as_json=json)
 
 
 @app.command()

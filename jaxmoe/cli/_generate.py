@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import sys
 import time
@@ -15,6 +14,7 @@ from jaxmoe.capability import TABLE, Resolution, implementation_names
 from jaxmoe.cli._console import FailureError, argument, err, need, say
 
 PROMPT = 'def read_lines(path):\n    """'
+QUESTION = "What is a mixture of experts?"
 STRIDE = 8  # tokens per device call
 
 
@@ -25,11 +25,11 @@ class Clock:
     start: float = 0.0
     arrivals: list[tuple[float, int]] = dataclasses.field(default_factory=list)
 
-    def watch(self, parts: Iterable[bytes]) -> Iterator[bytes]:
-        """Yields `parts` and notes when each arrives."""
+    def watch(self, parts: Iterable[list[list[int]]]) -> Iterator[list[list[int]]]:
+        """Yields `parts` and notes when each arrives, and how many tokens it holds."""
         self.start = time.perf_counter()
         for part in parts:
-            self.arrivals.append((time.perf_counter(), len(part)))
+            self.arrivals.append((time.perf_counter(), sum(map(len, part))))
             yield part
 
     def rates(self, prompt_tokens: int) -> tuple[float | None, float | None]:
@@ -49,20 +49,23 @@ class Clock:
 
 def generate(
     *,
-    prompt: str | None,
-    weight_format: str,
+    words: list[str],
+    weight_format: str | None,
     max_new_tokens: int,
     temperature: float,
+    top_k: int | None,
     top_p: float,
     seed: int,
+    batch: int,
+    raw: bool,
     implementation: str | None,
     folder: Path | None,
 ) -> None:
-    """Writes prompt and continuation as they come."""
+    """Writes prompt and continuation, or the answer to a question, as it comes."""
     models = need("jaxmoe.models", "cli")
-    prompt = PROMPT if prompt is None else prompt
-    with argument("--temperature or --top-p"):
-        sampling = models.Sampling(temperature=temperature, top_p=top_p)
+    folder, prompt = _folder_and_prompt(words, folder)
+    with argument("--temperature, --top-k or --top-p"):
+        sampling = models.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     with argument("--implementation"):
         if implementation is not None and implementation not in implementation_names():
             raise ValueError(
@@ -73,47 +76,98 @@ def generate(
         raise FailureError(f"{folder}: there is no model; pass --model FOLDER")
     console = err()
     with jaxmoe.override(implementation=implementation):
-        with console.status(f"reading {folder.name} in {weight_format}"):
-            model = models.load(folder, weight_format)
-            resolution = _first_layer(model).explain(model.dtype)
-            if resolution.layout != "canonical":
-                model = need("jaxmoe.nn", "cli").prepare(model, resolution.selected)
-        options = {"sampling": sampling, "seed": seed, "stride": STRIDE}
+        start = time.perf_counter()
+        with console.status(f"reading {folder.name}"):
+            own = models.is_own(folder)
+            if own:
+                model, text = models.load(folder, weight_format or "nvfp4"), models.ByteText()
+                resolutions = _resolutions(model)
+                model = need("jaxmoe.nn", "cli").prepare(model)
+            else:
+                text = _tokenizer(models, folder)
+                model = models.load_pretrained(folder, weight_format=weight_format)
+                resolutions = _resolutions(model)
+        read = time.perf_counter() - start
+        chat = not own and not raw and text.has_chat_template
+        if prompt is None:
+            prompt = QUESTION if chat else PROMPT
+        with argument("PROMPT"):
+            tokens = (
+                text.encode_chat([{"role": "user", "content": prompt}])
+                if chat
+                else text.encode(prompt)
+            )
+
+        def parts() -> Iterator[list[list[int]]]:
+            return models.generate_tokens(
+                model,
+                [tokens] * batch,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seed=seed,
+                stop=text.stop,
+                stride=STRIDE,
+            )
+
         with argument("PROMPT or --max-new-tokens"):
-            parts = models.generate(model, prompt, max_new_tokens=max_new_tokens, **options)
+            warm = parts()
         with console.status("compiling"):
             start = time.perf_counter()
-            for _ in models.generate(model, prompt, max_new_tokens=1, **options):
-                pass
+            next(warm, None)
+            del warm  # and its cache
             compiled = time.perf_counter() - start
         clock = Clock()
-        _write(prompt, clock.watch(parts))
-    _report(console, resolution, clock, len(prompt.encode()) or 1, compiled)
+        _write("" if chat else prompt, clock.watch(parts()), models.TextStream(text))
+    _report(console, clock, batch * len(tokens), read, compiled)
+    for line in kernels(resolutions):
+        say(console, line)
 
 
-def _first_layer(model: Any) -> Any:
-    """A MoE layer of the model; all of them have one shape, and so one kernel."""
-    from flax import nnx
+def _folder_and_prompt(words: list[str], folder: Path | None) -> tuple[Path | None, str | None]:
+    """A first word that is a model's folder, unless --model names one, and the prompt."""
+    if words and folder is None and (Path(words[0]) / "config.json").is_file():
+        folder, words = Path(words[0]), words[1:]
+    if len(words) > 1:
+        with argument("PROMPT"):
+            raise ValueError(
+                f"must be one argument, got {len(words)}; put the prompt in quotes, and in front "
+                "of it at most the folder of a model"
+            )
+    return folder, words[0] if words else None
 
-    from jaxmoe.nn import MoE
 
-    return next(node for _, node in nnx.iter_graph(model) if isinstance(node, MoE))
+def _tokenizer(models: Any, folder: Path) -> Any:
+    try:
+        return models.Tokenizer(folder)
+    except ModuleNotFoundError as error:
+        raise FailureError(str(error)) from error
 
 
-def _write(prompt: str, parts: Iterable[bytes]) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+def _resolutions(model: Any) -> dict[int, Resolution]:
+    """What runs the experts of each layer that has some."""
+    known: dict[tuple[int, int], Resolution] = {}
+    found = {}
+    for index in range(len(model.layers)):
+        stack, block, _ = model.layers.place(index)
+        moe = model.layers.stacks[stack].blocks[block].moe
+        if moe is not None:
+            if (stack, block) not in known:
+                known[stack, block] = moe.explain(model.dtype)
+            found[index] = known[stack, block]
+    return found
+
+
+def _write(prompt: str, parts: Iterable[list[list[int]]], stream: Any) -> None:
     sys.stdout.write(prompt)
     sys.stdout.flush()
     for part in parts:
-        sys.stdout.write(decoder.decode(part))
+        sys.stdout.write(stream.push(part[0]))
         sys.stdout.flush()
-    sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+    sys.stdout.write(stream.end() + "\n")
     sys.stdout.flush()
 
 
-def _report(
-    console: Any, resolution: Resolution, clock: Clock, prompt_tokens: int, compiled: float
-) -> None:
+def _report(console: Any, clock: Clock, prompt_tokens: int, read: float, compiled: float) -> None:
     prefill, decode = clock.rates(prompt_tokens)
     new = sum(size for _, size in clock.arrivals)
     console.print()
@@ -122,8 +176,30 @@ def _report(
         for name, rate in ((f"prefill ({prompt_tokens} tokens)", prefill), ("decode", decode))
         if rate is not None
     ] or ["the text is too short to tell the speed"]
-    say(console, f"{', '.join(speed)}; {new} new tokens; compiled in {compiled:.1f} s", "bold")
-    say(console, why(resolution))
+    say(
+        console,
+        f"{', '.join(speed)}; {new} new tokens; read in {read:.1f} s, compiled in {compiled:.1f} s",
+        "bold",
+    )
+
+
+def kernels(resolutions: dict[int, Resolution]) -> list[str]:
+    """One paragraph for each kernel that runs, and the layers that it runs."""
+    layers: dict[str, list[int]] = {}
+    for index, resolution in resolutions.items():
+        layers.setdefault(why(resolution), []).append(index)
+    return [f"layers {_ranges(indices)}: {text}" for text, indices in layers.items()]
+
+
+def _ranges(indices: list[int]) -> str:
+    """Sorted numbers, runs as first-last."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
 def why(resolution: Resolution) -> str:

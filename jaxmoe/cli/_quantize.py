@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import fnmatch
 import json
 import math
-import os
 import re
-import shutil
-import struct
-import tempfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import jax
-import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 import jaxmoe
-from jaxmoe.checkpoint import _DTYPES as DTYPES
-from jaxmoe.checkpoint import _NAMES as NAMES
-from jaxmoe.checkpoint import CheckpointError, atomic_write
-from jaxmoe.checkpoint import _open as open_checkpoint
-from jaxmoe.checkpoint import _read_header as read_header
+from jaxmoe.checkpoint import CheckpointError, Folder, open_folder
+from jaxmoe.checkpoint._experts import FUSED_ORDER
+from jaxmoe.checkpoint._layouts import Layout, get_layout, modelopt_file
+from jaxmoe.checkpoint._safetensors import Entry, Header, layout_of, open_file, read_header
+from jaxmoe.checkpoint._shards import INDEX, read_json
+from jaxmoe.checkpoint._storage import BLOCK_FP8, FLOATS
+from jaxmoe.cli import _quantize_write as write
 from jaxmoe.cli._console import FailureError, argument, err, say
-from jaxmoe.formats import Format, get_format
+from jaxmoe.cli._quantize_write import Job, Plan
+from jaxmoe.formats import get_format
 
 INCLUDE = (
     r"(^|\.)(experts?|mlp|moe|ffn)\.(\d+\.)?"
@@ -35,44 +30,17 @@ INCLUDE = (
 )
 """Matrices of experts and MLPs. A lone `gate` is left out: most models call their router that."""
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_INDEX = ".safetensors.index.json"
-_ALIGNMENT = 8  # bytes of the widest dtype
-_COPY = 1 << 24  # bytes at a time
-_NO_CHECKSUM = "0" * 8
-
-Advance = Callable[[int], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One tensor of a safetensors file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What becomes of one file: which tensors are quantised, and the header of the result."""
-
-    path: Path
-    sources: tuple[Source, ...]
-    chosen: frozenset[str]
-    metadata: Mapping[str, str]
-    spec: Format
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes to read."""
-        return sum(source.nbytes for source in self.sources)
-
 
 def quantize(
-    *, src: Path, dst: Path, weight_format: str, include: str | None, method: str, force: bool
+    *,
+    src: Path,
+    dst: Path,
+    weight_format: str,
+    include: str | None,
+    method: str,
+    force: bool,
+    layout_name: str = "jaxmoe",
+    input_scales: Path | None = None,
 ) -> None:
     """Quantises a file, or the safetensors files of a folder; the rest of a folder is copied."""
     with argument("--include"):
@@ -80,14 +48,30 @@ def quantize(
             pattern = re.compile(INCLUDE if include is None else include)
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from error
+    with argument("--layout"):
+        layout = get_layout(layout_name, get_format(weight_format))
+        if layout.describe is not None and not src.is_dir():
+            raise ValueError(f"layout {layout_name} is for folders with a config.json")
+    with argument("--input-scales"):
+        if input_scales is not None and layout.storage.input_scale is None:
+            raise ValueError(f"{layout_name} {weight_format} stores no activation scales")
     _check_destination(src, dst, force)
-    files = sorted(src.rglob("*.safetensors")) if src.is_dir() else [src]
-    plans = [_plan(path, pattern, get_format(weight_format)) for path in files]
-    if not any(plan.chosen for plan in plans):
-        names = [source.name for plan in plans for source in plan.sources]
+    if layout.describe is None:
+        _run(_own_job(src, layout, pattern, method), pattern, dst)
+        return
+    with open_folder(src) as folder:
+        scales = None if input_scales is None else _read_scales(input_scales)
+        _run(_job(folder, layout, pattern, method, scales), pattern, dst)
+
+
+def _run(job: Job, pattern: re.Pattern[str], dst: Path) -> None:
+    """Does what was planned, and says what was done."""
+    src, layout = job.src, job.layout
+    if not any(plan.chosen for plan in job.plans):
+        names = [name for plan in job.plans for name in plan.source.entries]
         raise FailureError(
-            f"{src}: none of {len(names)} tensors is a 2-D or 3-D float tensor whose name matches "
-            f"{pattern.pattern!r}; pass --include REGEX"
+            f"{src}: none of {len(names)} tensors is a {_ranks(layout)} float tensor whose name "
+            f"matches {pattern.pattern!r}; pass --include REGEX"
             + (f" (the first names are {', '.join(names[:3])})" if names else "")
         )
     console = err()
@@ -99,16 +83,21 @@ def quantize(
     )
     silent = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=silent) as progress:
-        task = progress.add_task("quantising", total=sum(plan.nbytes for plan in plans))
+        task = progress.add_task("quantising", total=sum(plan.nbytes for plan in job.plans))
 
         def advance(size: int) -> None:
             progress.advance(task, size)
 
         if src.is_dir():
-            _write_folder(src, dst, plans, method, advance)
+            resumed = write.write_folder(job, dst, advance)
         else:
-            _write(plans[0], dst, method, advance)
-    _report(console, dst, plans)
+            write.write_file(job, job.plans[0], dst, advance)
+            resumed = 0
+    _report(console, dst, job, resumed)
+
+
+def _ranks(layout: Layout) -> str:
+    return " or ".join(f"{rank}-D" for rank in layout.rank)
 
 
 def _check_destination(src: Path, dst: Path, force: bool) -> None:
@@ -133,211 +122,209 @@ def _check_destination(src: Path, dst: Path, force: bool) -> None:
 # --- the plan: from headers alone, so that what cannot work fails before anything is written ----
 
 
-def _plan(path: Path, pattern: re.Pattern[str], spec: Format) -> Plan:
-    with open_checkpoint(path) as file:
-        header, base = read_header(file, path)
-    metadata = dict(header.pop("__metadata__", {}))
-    sources = tuple(
-        Source(name, entry["dtype"], tuple(entry["shape"]), base + first, last - first)
-        for name, entry in header.items()
-        for first, last in [entry["data_offsets"]]
-    )
-    chosen = [s for s in sources if _wanted(s, pattern)]
-    for source in chosen:
-        assert spec.block_size is not None
-        if source.shape[-1] % spec.block_size:
+def _own_job(src: Path, layout: Layout, pattern: re.Pattern[str], method: str) -> Job:
+    """jaxmoe's own layout: every safetensors file for itself, whatever folder it is in."""
+    files = sorted(src.rglob("*.safetensors")) if src.is_dir() else [src]
+    plans = [_plan(path, layout, pattern) for path in files]
+    config = src / "config.json"
+    model_type = read_json(config).get("model_type") if config.exists() else None
+    if FUSED_ORDER.get(str(model_type), (False, False))[0]:
+        for plan in plans:
+            if name := next((n for n in plan.chosen if len(plan.source.entries[n].shape) == 3), ""):
+                raise CheckpointError(
+                    plan.path,
+                    f"tensor {name!r} of a {model_type} model is stored transposed, so that its "
+                    "last axis is not the contracted one; leave it out with --include"
+                    + (", or pass --layout gpt-oss" if model_type == "gpt_oss" else ""),
+                )
+    texts = {}
+    if src.is_dir():
+        texts = {path: _own_index(path, plans, layout) for path in src.rglob(f"*{INDEX}")}
+    return Job(src, layout, method, tuple(plans), texts)
+
+
+def _plan(path: Path, layout: Layout, pattern: re.Pattern[str]) -> Plan:
+    with open_file(path) as file:
+        source = read_header(file, path)
+    chosen = _chosen(path, source, layout, pattern, path)
+    targets: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, entry in source.entries.items():
+        new = {name: (entry.dtype, entry.shape)}
+        if name in chosen:
+            new = layout.parts(name, entry.shape)
+        if clash := targets.keys() & new.keys():
+            raise CheckpointError(path, f"two tensors would be stored as {min(clash)!r}")
+        targets.update(new)
+    formats = json.loads(source.metadata.get("quantized", "{}"))
+    formats |= dict.fromkeys(chosen, layout.format.name)
+    own = {"quantized": json.dumps(formats, sort_keys=True), "crc32": write.NO_CHECKSUM}
+    header, beginning = layout_of(targets, {**source.metadata, **own})
+    return Plan(path, source, chosen, header, beginning)
+
+
+def _chosen(
+    path: Path, source: Header, layout: Layout, pattern: re.Pattern[str], where: Path
+) -> frozenset[str]:
+    chosen = []
+    for name, entry in source.entries.items():
+        if entry.dtype not in FLOATS or not pattern.search(name) or 0 in entry.shape:
+            continue
+        if len(entry.shape) not in layout.rank or not name.endswith(layout.ending):
+            if layout.describe is not None and len(entry.shape) in (2, 3):
+                raise CheckpointError(
+                    where,
+                    f"tensor {name!r} = {entry} cannot be stored in layout {layout.name}, which is "
+                    f"for {_ranks(layout)} tensors called *{layout.ending}; leave it out with "
+                    "--include, or choose another layout",
+                )
+            continue
+        k = entry.shape[-1] if layout.name != "gpt-oss" else entry.shape[-2]
+        size = layout.format.block_size
+        assert size is not None
+        if k % size:
+            axis = "last axis" if layout.name != "gpt-oss" else "second axis"
             raise CheckpointError(
                 path,
-                f"tensor {source.name!r} of shape {list(source.shape)} cannot be {spec.name}: its "
-                f"last axis must be a multiple of {spec.block_size}; leave it out with --include",
+                f"tensor {name!r} of shape {list(entry.shape)} cannot be {layout.format}: its "
+                f"{axis} must be a multiple of {size}; leave it out with --include",
             )
-    return Plan(path, sources, frozenset(s.name for s in chosen), metadata, spec)
+        chosen.append(name)
+    return frozenset(chosen)
 
 
-def _wanted(source: Source, pattern: re.Pattern[str]) -> bool:
-    return (
-        source.dtype in _FLOATS
-        and len(source.shape) in (2, 3)
-        and math.prod(source.shape) > 0
-        and pattern.search(source.name) is not None
-    )
-
-
-def _parts(source: Source, spec: Format) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name, dtype and shape of the tensors that a quantised one is stored as."""
-    *rows, k = source.shape
-    assert spec.block_size is not None
-    assert spec.scale is not None
-    parts = {
-        f"{source.name}.data": ("U8", (*rows, k // 2)),
-        f"{source.name}.scale": (NAMES[spec.scale], (*rows, k // spec.block_size)),
-    }
-    if spec.has_global_scale:
-        parts[f"{source.name}.global_scale"] = ("F32", tuple(rows[:-1]))
-    return parts
-
-
-def _header(plan: Plan) -> tuple[dict[str, Any], bytes]:
-    """The header of the result, and its bytes with a checksum to be filled in."""
-    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for source in plan.sources:
-        if source.name in plan.chosen:
-            new = _parts(source, plan.spec)
-        else:
-            new = {source.name: (source.dtype, source.shape)}
-        if clash := entries.keys() & new.keys():
-            raise CheckpointError(plan.path, f"two tensors would be stored as {min(clash)!r}")
-        entries.update(new)
-    formats = json.loads(plan.metadata.get("quantized", "{}"))
-    formats |= dict.fromkeys(plan.chosen, plan.spec.name)
-    own = {"quantized": json.dumps(formats, sort_keys=True), "crc32": _NO_CHECKSUM}
-    header: dict[str, Any] = {"__metadata__": {**plan.metadata, **own}}
-    end = 0
-    # Wide types first keeps every tensor aligned to its own type.
-    for name, (dtype, shape) in sorted(entries.items(), key=lambda e: (-_itemsize(e[1][0]), e[0])):
-        start, end = end, end + math.prod(shape) * _itemsize(dtype)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    return header, text + b" " * (-len(text) % _ALIGNMENT)
-
-
-def _itemsize(dtype: str) -> int:
-    return np.dtype(DTYPES[dtype]).itemsize
-
-
-# --- writing ------------------------------------------------------------------------------------
-
-
-def _write(plan: Plan, dst: Path, method: str, advance: Advance) -> None:
-    header, text = _header(plan)
-    base = 8 + len(text)
-    with open_checkpoint(plan.path) as file, atomic_write(dst) as out:
-        out.write(struct.pack("<Q", len(text)))
-        out.write(text)
-
-        def place(name: str, done: int, values: np.ndarray) -> int:
-            """Writes part of a tensor, `done` bytes into it; returns how far it then is."""
-            out.seek(base + header[name]["data_offsets"][0] + done)
-            out.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-            return done + values.nbytes
-
-        for source in plan.sources:
-            done = 0
-            if source.name not in plan.chosen:
-                for block in _blocks(file, source):
-                    done = place(source.name, done, block)
-                    advance(block.nbytes)
+def _job(
+    folder: Folder,
+    layout: Layout,
+    pattern: re.Pattern[str],
+    method: str,
+    scales: Mapping[str, float] | None,
+) -> Job:
+    """A layout of another tool: a whole folder with its configuration."""
+    if folder.scheme is not None and folder.scheme.storages != (BLOCK_FP8,):
+        raise FailureError(f"{folder.path} is quantised already: {folder.scheme}")
+    if layout.name == "gpt-oss" and folder.config.get("model_type") != "gpt_oss":
+        raise FailureError(
+            f"{folder.path}: layout gpt-oss is for models of type gpt_oss, whose experts are fused "
+            f"and interleaved, got {folder.config.get('model_type')!r}; choose compressed-tensors"
+        )
+    plans = []
+    written: dict[str, str] = {}
+    input_scales: dict[str, float] = {}
+    for path in folder.files:
+        source, fp8 = _without_fp8(folder, folder.header(path))
+        chosen = _chosen(path, source, layout, pattern, path)
+        targets: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, entry in source.entries.items():
+            if name not in chosen:
+                targets[name] = (entry.dtype, entry.shape)
                 continue
-            done_of = dict.fromkeys(_parts(source, plan.spec), 0)
-            for matrix, size in _matrices(file, source):
-                leaves = _quantize_matrix(matrix, plan.spec, method)
-                for name, values in zip(done_of, leaves, strict=True):
-                    done_of[name] = place(name, done_of[name], values)
-                advance(size)
-        out.flush()
-        _fill_in_checksum(out, text)
+            shape = entry.shape if layout.name != "gpt-oss" else _transposed(entry.shape)
+            targets |= layout.parts(name, shape)
+            if scales is not None:
+                module = layout.module(name)
+                input_scales[module] = _scale_of(module, scales)
+                shape = (1,) if layout.storage.inverse else ()
+                targets[f"{module}{layout.storage.input_scale}"] = ("F32", shape)
+        for name in targets:
+            if name in written:
+                raise CheckpointError(path, f"two tensors would be stored as {name!r}")
+            written[name] = path.name
+        metadata = {"format": "pt", **source.metadata, "crc32": write.NO_CHECKSUM}
+        header, beginning = layout_of(targets, metadata)
+        plans.append(Plan(path, source, chosen, header, beginning, fp8))
+    texts = _texts(folder, layout, plans, written, scales)
+    return Job(folder.path, layout, method, tuple(plans), texts, input_scales, folder)
 
 
-def _blocks(file: BinaryIO, source: Source) -> Iterator[np.ndarray]:
-    for start in range(0, source.nbytes, _COPY):
-        file.seek(source.offset + start)
-        yield np.frombuffer(file.read(min(_COPY, source.nbytes - start)), np.uint8)
+def _without_fp8(folder: Folder, source: Header) -> tuple[Header, frozenset[str]]:
+    """A file as if its block-scaled FP8 weights were BF16; their names."""
+    entries, fp8 = {}, set()
+    for name, entry in source.entries.items():
+        if folder.scheme is not None:
+            if _is_fp8(folder, name, BLOCK_FP8.scale):
+                continue
+            if _is_fp8(folder, name, BLOCK_FP8.data):
+                fp8.add(name)
+                entry = Entry("BF16", entry.shape, entry.offset, 2 * entry.nbytes)
+        entries[name] = entry
+    return Header(entries, source.metadata, source.start), frozenset(fp8)
 
 
-def _matrices(file: BinaryIO, source: Source) -> Iterator[tuple[np.ndarray, int]]:
-    """Each matrix [N, K] in f32, with the bytes that it took in the file."""
-    *leading, n, k = source.shape
-    size = n * k * _itemsize(source.dtype)
-    for index in range(math.prod(leading)):
-        file.seek(source.offset + index * size)
-        values = np.frombuffer(file.read(size), np.dtype(DTYPES[source.dtype])).reshape(n, k)
-        matrix = values.astype(np.float32)
-        if not np.isfinite(matrix).all():
-            where = f"[{index}]" if leading else ""
+def _is_fp8(folder: Folder, name: str, ending: str) -> bool:
+    """Whether a tensor is that part of a block-scaled FP8 weight."""
+    module = name.removesuffix(ending)
+    return module != name and folder.storage(module) is BLOCK_FP8
+
+
+def _transposed(shape: Sequence[int]) -> tuple[int, ...]:
+    *leading, k, n = shape
+    return (*leading, n, k)
+
+
+def _texts(
+    folder: Folder,
+    layout: Layout,
+    plans: Sequence[Plan],
+    written: Mapping[str, str],
+    scales: Mapping[str, float] | None,
+) -> dict[Path, str]:
+    """The files that say what the weights are."""
+    assert layout.describe is not None
+    quantised = sorted(layout.module(name) for plan in plans for name in plan.chosen)
+    done = {name for plan in plans for name in plan.chosen}
+    plain = [
+        name.removesuffix(".weight")
+        for name in folder.names
+        if name not in done and name.endswith(".weight") and len(folder.entry(name).shape) == 2
+    ]
+    described = layout.describe(quantised, plain, scales is not None)
+    texts = {folder.path / "config.json": {**folder.config, "quantization_config": described}}
+    if layout.name == "modelopt":
+        producer = {"name": "jaxmoe", "version": jaxmoe.__version__}
+        texts[folder.path / "hf_quant_config.json"] = modelopt_file(described, producer)
+    if len(plans) > 1 or any(folder.path.glob(f"*{INDEX}")):
+        total = sum(plan.written for plan in plans)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(written.items()))}
+        texts[folder.path / f"model{INDEX}"] = index
+    return {path: json.dumps(value, indent=2) + "\n" for path, value in texts.items()}
+
+
+def _read_scales(path: Path) -> dict[str, float]:
+    values = read_json(path)
+    for name, value in values.items():
+        if type(value) not in (int, float) or not (0 < value < math.inf):
             raise CheckpointError(
-                file.name, f"tensor {source.name!r}{where} has values that are not finite"
+                path, f"{name!r} must be finite and > 0 (amax of the input / 2688), got {value!r}"
             )
-        yield matrix, size
+    return values
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _jitted(matrix: jax.Array, format_name: str, method: Any) -> Any:
-    return jaxmoe.quantize(matrix, format_name, method=method, nonfinite="saturate")
+def _scale_of(module: str, scales: Mapping[str, float]) -> float:
+    if module in scales:
+        return scales[module]
+    found = next((v for k, v in scales.items() if fnmatch.fnmatchcase(module, k)), None)
+    if found is None:
+        raise FailureError(f"--input-scales has none for {module!r}; add it, or a pattern with *")
+    return found
 
 
-def _quantize_matrix(matrix: np.ndarray, spec: Format, method: str) -> list[np.ndarray]:
-    q = _jitted(matrix, spec.name, method)
-    leaves = [q.packed(), q.scale, *([q.global_scale] if spec.has_global_scale else [])]
-    return [np.asarray(leaf) for leaf in leaves]
-
-
-def _fill_in_checksum(out: BinaryIO, text: bytes) -> None:
-    """Puts the checksum of the tensors' bytes over its placeholder."""
-    start, checksum = 8 + len(text), 0
-    while block := os.pread(out.fileno(), _COPY, start):  # mkstemp opens for reading too
-        checksum = zlib.crc32(block, checksum)
-        start += len(block)
-    marker = f'"crc32": "{_NO_CHECKSUM}"'.encode()
-    out.seek(8 + text.index(marker) + len(marker) - len(_NO_CHECKSUM) - 1)
-    out.write(f"{checksum:08x}".encode())
-
-
-def _write_folder(
-    src: Path, dst: Path, plans: Sequence[Plan], method: str, advance: Advance
-) -> None:
-    """Fills a folder beside DST, then gives it DST's name."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", suffix=".tmp", dir=dst.parent))
-    try:
-        for plan in plans:
-            target = temporary / plan.path.relative_to(src)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write(plan, target, method, advance)
-        for path in sorted(src.rglob("*")):
-            target = temporary / path.relative_to(src)
-            if path.is_dir():
-                target.mkdir(parents=True, exist_ok=True)
-            elif path.name.endswith(_INDEX):
-                target.write_text(_index(path, plans), encoding="utf-8")
-            elif path.suffix != ".safetensors":
-                shutil.copy2(path, target)
-        temporary.chmod(src.stat().st_mode)
-        _take_name(temporary, dst)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _take_name(temporary: Path, dst: Path) -> None:
-    """Renames; a folder that had the name is put aside first, and deleted at the end."""
-    if not dst.exists():
-        os.replace(temporary, dst)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", suffix=".old", dir=dst.parent))
-    os.replace(dst, aside / dst.name)
-    try:
-        os.replace(temporary, dst)
-    except BaseException:
-        os.replace(aside / dst.name, dst)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _index(path: Path, plans: Sequence[Plan]) -> str:
+def _own_index(path: Path, plans: Iterable[Plan], layout: Layout) -> str:
     """A Hugging Face shard index with the names and the size of the quantised tensors."""
+    plans = list(plans)
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         old: Mapping[str, str] = index["weight_map"]
         new = {}
         for name, shard in old.items():
             plan = next((p for p in plans if p.path == path.parent / shard), None)
-            source = next((s for s in plan.sources if s.name == name), None) if plan else None
-            quantised = plan is not None and source is not None and name in plan.chosen
-            names = _parts(source, plan.spec) if quantised else (name,)  # type: ignore[arg-type, union-attr]
+            if plan is not None and name in plan.chosen:
+                names: Iterable[str] = layout.parts(name, plan.source.entries[name].shape)
+            else:
+                names = (name,)
             new.update(dict.fromkeys(names, shard))
         index["weight_map"] = new
         if "total_size" in index.get("metadata", {}):
-            index["metadata"]["total_size"] = sum(_written_bytes(p) for p in plans)
+            index["metadata"]["total_size"] = sum(plan.written for plan in plans)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             path, f"not an index of shards: {type(error).__name__}: {error}"
@@ -345,19 +332,23 @@ def _index(path: Path, plans: Sequence[Plan]) -> str:
     return json.dumps(index, indent=2) + "\n"
 
 
-def _written_bytes(plan: Plan) -> int:
-    header, _ = _header(plan)
-    return max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
-
-
-def _report(console: Any, dst: Path, plans: Sequence[Plan]) -> None:
-    before = sum(plan.nbytes for plan in plans)
-    after = sum(_written_bytes(plan) for plan in plans)
-    chosen = sum(len(plan.chosen) for plan in plans)
-    kept = sum(len(plan.sources) for plan in plans) - chosen
+def _report(console: Any, dst: Path, job: Job, resumed: int) -> None:
+    before = sum(plan.nbytes for plan in job.plans)
+    after = sum(plan.written for plan in job.plans)
+    chosen = sum(len(plan.chosen) for plan in job.plans)
+    kept = sum(len(plan.source.entries) for plan in job.plans) - chosen
     say(
         console,
-        f"{dst}: {chosen} tensors in {plans[0].spec.name}, {kept} copied; "
-        f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB",
+        f"{dst}: {chosen} tensors in {job.layout.format.name}, {kept} copied; "
+        f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB"
+        + (f"; {resumed} of {len(job.plans)} files were there from before" if resumed else ""),
         "bold",
     )
+    if job.left_out:
+        say(console, f"left out, since no index names them: {', '.join(job.left_out)}")
+    if job.layout.storage.input_scale is not None and not job.input_scales:
+        say(
+            console,
+            "The activations have no scales, so that the weights alone are declared as FP4; give "
+            "--input-scales for FP4 activations.",
+        )

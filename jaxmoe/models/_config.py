@@ -1,4 +1,4 @@
-"""The shape of a decoder, as kept in `config.json`."""
+"""The decoders that jaxmoe trains and saves itself, as kept in their `config.json`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmoe.activations import get_activation
+from jaxmoe.models._architecture import Architecture, Attention, Experts, Layer
+from jaxmoe.models._rope import Rope
+from jaxmoe.routing import get_router
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of a decoder whose every feed-forward layer is a mixture of experts.
+    """Shape of a decoder all of whose layers are alike: attention, then a mixture of experts.
 
     >>> config = DecoderConfig(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1,
     ...                        head_dim=32, intermediate_size=64, num_experts=8, top_k=2)
@@ -71,6 +76,30 @@ class DecoderConfig:
             raise ValueError(
                 f"top_k must be at most num_experts={self.num_experts}, got {self.top_k}"
             )
+
+    def architecture(self) -> Architecture:
+        """The same, layer by layer."""
+        attention = Attention(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            Rope(self.head_dim, self.rope_theta),
+            norm="head" if self.qk_norm else None,
+        )
+        experts = Experts(
+            self.intermediate_size,
+            self.num_experts,
+            get_router(self.router, top_k=self.top_k),
+            get_activation(self.activation),
+        )
+        return Architecture(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            max_length=self.max_length,
+            layers=(Layer(attention, experts),) * self.num_layers,
+            norm_eps=self.norm_eps,
+            tie_embeddings=self.tie_embeddings,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields, for JSON."""

@@ -68,7 +68,7 @@ def bits_per_byte(
     total = sum(len(text) for text in texts)
     if not total:
         raise ValueError("documents must hold at least one byte, got none")
-    parts = [_windows(text, context or model.config.max_length) for text in texts if text]
+    parts = [_windows(text, context or model.architecture.max_length) for text in texts if text]
     windows = np.concatenate([part[0] for part in parts])
     scored = np.concatenate([part[1] for part in parts])
     if int(scored.sum(dtype=np.float64)) != total:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,15 @@ from jaxmoe.checkpoint import CheckpointError
 from jaxmoe.formats import FORMATS, get_format
 from jaxmoe.models._config import DecoderConfig
 from jaxmoe.models._decoder import Decoder
+from jaxmoe.nn._variables import value as variable_value
 from jaxmoe.quantization import QuantizedTensor
 
 _CONFIG = "config.json"
 _DECODER = "decoder.safetensors"
 _MODEL_TYPE = "jaxmoe-decoder"
 _EXPERT_LEAVES = ("gate_up", "down")
+
+Path_: TypeAlias = tuple[Any, ...]
 
 
 def _experts_file(weight_format: str) -> str:
@@ -43,6 +46,16 @@ def bundled() -> Path:
     return Path(__file__).parents[1] / "data" / "tiny"
 
 
+def is_own(folder: str | os.PathLike[str]) -> bool:
+    """Whether `load` is to read a folder, and not `load_pretrained`.
+
+    >>> is_own(bundled())
+    True
+    """
+    folder = Path(folder)
+    return (folder / _DECODER).exists() or not (folder / _CONFIG).exists()
+
+
 def available_formats(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     """Returns the names of the formats in which a folder holds the experts.
 
@@ -52,43 +65,35 @@ def available_formats(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(name for name in FORMATS if (Path(folder) / _experts_file(name)).is_file())
 
 
-def _is_stacked(path: tuple[str, ...]) -> bool:
-    return path[:2] == ("layers", "block")
+def _names(path: Path_, model: Decoder) -> list[str]:
+    """The tensors of a variable: one, or one for each of the layers that it stacks."""
+    if path[0] != "layers":
+        return [".".join(map(str, path))]
+    # ("layers", "stacks", number, "blocks", block, ...)
+    stack, rest = model.layers.stacks[path[2]], path[5:]
+    before = sum(s.count * len(s.blocks) for s in model.layers.stacks[: path[2]])
+    indices = (before + path[4] + i * len(stack.blocks) for i in range(stack.count))
+    return [".".join(("layers", str(i), *map(str, rest))) for i in indices]
 
 
-def _names(path: tuple[str, ...], num_layers: int) -> list[str]:
-    """The tensors of a variable: one, or one for each of the layers that the model has stacked."""
-    if not _is_stacked(path):
-        return [".".join(path)]
-    return [".".join(("layers", str(i), *path[2:])) for i in range(num_layers)]
-
-
-def _join(path: tuple[str, ...], tensors: list[Any], dtype: Any) -> Any:
+def _join(tensors: list[Any], expected: Any) -> Any:
     """The value of a variable from its tensors; in NumPy, where nothing has to be compiled."""
 
-    def one(*arrays: Any) -> jax.Array:
+    def one(expected: Any, *arrays: Any) -> jax.Array:
         host = [np.asarray(array) for array in arrays]
-        joined = np.stack(host) if _is_stacked(path) else host[0]
-        return jax.device_put(joined if _is_expert(path) else joined.astype(dtype))
+        joined = np.stack(host) if len(host) > 1 else host[0]
+        return jax.device_put(joined.astype(expected.dtype))
 
-    return jax.tree.map(one, *tensors)
+    return jax.tree.map(one, expected, *tensors)
 
 
-def _is_expert(path: tuple[str, ...]) -> bool:
+def _is_expert(path: Path_) -> bool:
     return path[-1] in _EXPERT_LEAVES
 
 
-def _variables(model: Decoder) -> dict[tuple[str, ...], nnx.Variable]:
+def _variables(model: Decoder) -> dict[Path_, nnx.Variable]:
     flat: Any = nnx.to_flat_state(nnx.state(model))
     return dict(flat)
-
-
-def _value(variable: nnx.Variable) -> Any:
-    return variable.get_value() if hasattr(variable, "get_value") else variable.value
-
-
-def _assign(variable: nnx.Variable, value: Any) -> nnx.Variable:
-    return variable.replace(value)
 
 
 def save(model: Decoder, folder: str | os.PathLike[str], *, dtype: Any = jnp.bfloat16) -> None:
@@ -105,21 +110,26 @@ def save(model: Decoder, folder: str | os.PathLike[str], *, dtype: Any = jnp.bfl
       dtype: in which unquantised weights are stored.
 
     Raises:
-      ValueError: if the weights are in the layout of one kernel.
+      ValueError: if the weights are in the layout of one kernel, or the layers are not alike.
     """
+    if not isinstance(model.config, DecoderConfig):
+        raise ValueError(
+            "model must be of equal layers, made from a DecoderConfig, got one with an "
+            "Architecture; `jaxmoe quantize` converts checkpoints of other models"
+        )
     folder = Path(folder)
     parts: dict[bool, dict[str, Any]] = {True: {}, False: {}}
     for path, variable in _variables(model).items():
-        value = _value(variable)
+        value = variable_value(variable)
         if isinstance(value, jax.Array):
             value = value.astype(dtype)
         elif not isinstance(value, QuantizedTensor):
             raise ValueError(
                 f"model must have canonical weights, got {type(value).__name__} for "
-                f"{'.'.join(path)}; save the model that prepare() was called on"
+                f"{'.'.join(map(str, path))}; save the model that prepare() was called on"
             )
-        names = _names(path, model.config.num_layers)
-        each = [value[i] for i in range(len(names))] if _is_stacked(path) else [value]
+        names = _names(path, model)
+        each = [value[i] for i in range(len(names))] if len(names) > 1 else [value]
         parts[_is_expert(path)].update(zip(names, each, strict=True))
     formats = {
         value.format.name if isinstance(value, QuantizedTensor) else "bf16"
@@ -203,11 +213,11 @@ def load(
             rngs=nnx.Rngs(0),
         )
     )
-    found: dict[tuple[str, ...], list[Any]] = {}
+    found: dict[Path_, list[Any]] = {}
     variables = _variables(model)
     for path, variable in variables.items():
-        names, expected = _names(path, config.num_layers), _value(variable)
-        shape = tuple(expected.shape)[1 if _is_stacked(path) else 0 :]
+        names, expected = _names(path, model), variable_value(variable)
+        shape = tuple(expected.shape)[1 if len(names) > 1 else 0 :]
         file, rest = files[_is_expert(path)], tensors[_is_expert(path)]
         for name in names:
             if name not in rest:
@@ -226,7 +236,8 @@ def load(
         if rest:
             raise CheckpointError(files[expert], f"tensor {min(rest)!r} is not part of the model")
     filled: Any = {
-        path: _assign(variables[path], _join(path, values, dtype)) for path, values in found.items()
+        path: variables[path].replace(_join(values, variable_value(variables[path])))
+        for path, values in found.items()
     }
     nnx.update(model, nnx.from_flat_state(filled))
     return model

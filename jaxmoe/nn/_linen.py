@@ -49,6 +49,7 @@ class LinenMoE(linen.Module):
     use_bias: bool = False
     router_bias: bool = False
     shared_experts: int = 0
+    shared_gate: bool = False
     weight_format: str | Format = BF16
     compute: str = "auto"
     qat: str | Format | None = None

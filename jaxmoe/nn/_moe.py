@@ -18,7 +18,7 @@ from jaxmoe.experts import CANONICAL, ExpertWeights, PreparedMatrix
 from jaxmoe.experts import prepare as prepare_experts
 from jaxmoe.formats import BF16, Format, get_format
 from jaxmoe.nn import _convert
-from jaxmoe.nn._variables import CorrectionBias, array, frozen, metadata, value
+from jaxmoe.nn._variables import CorrectionBias, array, assign, frozen, metadata, value
 from jaxmoe.quantization import fake_quantize
 from jaxmoe.quantization import quantize as quantize_array
 
@@ -56,6 +56,7 @@ class MoE(nnx.Module):
     | `down` | `[E, H, I]` | as `gate_up` |
     | `gate_up_bias`, `down_bias` | `[E, 2I]`, `[E, H]` | `nnx.Param`, or None |
     | `shared_gate_up`, `shared_down` | `[2nI, H]`, `[H, nI]` | `nnx.Param`, or None |
+    | `shared_gate` | `[1, H]` | `nnx.Param`, or None |
 
     An activation without gate halves the rows: I in place of 2I.
 
@@ -77,6 +78,8 @@ class MoE(nnx.Module):
         router_bias: whether the router's logits have a bias.
         shared_experts: n; adds a dense MLP of width `n * intermediate_size` that every token
             visits, never quantised.
+        shared_gate: whether the sigmoid of one more product with the token scales the shared
+            experts' output (Qwen2-MoE, Qwen3-Next).
         weight_format: "bf16" for trainable experts stored in `param_dtype`; "nvfp4", "mxfp4" (or
             "mxfp8", "fp8") for frozen ones.
         compute: arithmetic of the expert products: "auto", "w4a16", "w4a8", "w4a4"; see `moe_mlp`.
@@ -113,6 +116,7 @@ class MoE(nnx.Module):
         use_bias: bool = False,
         router_bias: bool = False,
         shared_experts: int = 0,
+        shared_gate: bool = False,
         weight_format: str | Format = BF16,
         compute: str = "auto",
         qat: str | Format | None = None,
@@ -201,6 +205,10 @@ class MoE(nnx.Module):
         self.down = experts((i, h), "ehi")
         self.gate_up_bias = bias((e, halves * i), "ei") if use_bias else nnx.data(None)
         self.down_bias = bias((e, h), "eh") if use_bias else nnx.data(None)
+        if shared_gate and not shared_experts:
+            raise ValueError(
+                "shared_gate must be False without shared experts, got True with shared_experts=0"
+            )
         if shared_experts and any(jnp.ndim(p) for p in dataclasses.astuple(activation)):
             raise ValueError(
                 "activation must have uniform parameters when shared_experts > 0, got one with a "
@@ -209,6 +217,7 @@ class MoE(nnx.Module):
         wide = shared_experts * i
         self.shared_gate_up = kernel((h, halves * wide), "ih") if wide else nnx.data(None)
         self.shared_down = kernel((wide, h), "hi") if wide else nnx.data(None)
+        self.shared_gate = kernel((h, 1), ".h") if shared_gate else nnx.data(None)
 
     def __call__(
         self, x: jax.Array, *, router_logits: jax.Array | None = None, return_aux: bool = False
@@ -356,7 +365,13 @@ class MoE(nnx.Module):
         hidden = jnp.einsum("th,ih->ti", tokens, gate_up, preferred_element_type=jnp.float32)
         parts = jnp.split(hidden, 2, axis=-1) if self.activation.gated else [hidden]
         hidden = self.activation(*parts).astype(tokens.dtype)
-        return jnp.einsum("ti,hi->th", hidden, down)
+        out = jnp.einsum("ti,hi->th", hidden, down)
+        if self.shared_gate is None:
+            return out
+        gate = jnp.einsum(
+            "th,oh->to", tokens, array(self.shared_gate), preferred_element_type=jnp.float32
+        )
+        return out * jax.nn.sigmoid(gate).astype(out.dtype)
 
     def _capturing(self) -> bool:
         captures = getattr(self, "__captures__", ())
@@ -378,6 +393,18 @@ class MoE(nnx.Module):
             setattr(self, name, frozen(weights, param.get_metadata()))
         self.weight_format = format.name
         self.qat = None
+
+    def _set_experts(self, experts: ExpertWeights) -> None:
+        """Takes weights of the layer's sizes, in any format."""
+        plain = experts.format is BF16
+        for name in ("gate_up", "down"):
+            about = getattr(self, name).get_metadata()
+            weights = getattr(experts, name)
+            setattr(self, name, nnx.Param(weights, **about) if plain else frozen(weights, about))
+        if experts.gate_up_bias is not None and experts.down_bias is not None:
+            assign(self.gate_up_bias, experts.gate_up_bias.astype(self.param_dtype))
+            assign(self.down_bias, experts.down_bias.astype(self.param_dtype))
+        self.weight_format = experts.format.name
 
     def _prepare(self, variant: str | None) -> None:
         if self.layout != CANONICAL:

@@ -48,6 +48,15 @@ def value(variable: nnx.Variable) -> Any:
     return variable.value if get_value is None else get_value()
 
 
+def assign(variable: Any, new: Any) -> None:
+    """Puts a value in the place of the variable's, whatever that is."""
+    set_value = getattr(variable, "set_value", None)
+    if set_value is None:
+        variable.value = new
+    else:
+        set_value(new)
+
+
 def array(variable: nnx.Variable | None) -> Any:
     """The variable's array, or None where the layer has no such parameter."""
     return None if variable is None else variable[...]
