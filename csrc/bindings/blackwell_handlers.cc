@@ -4,11 +4,11 @@
 
 #include <array>
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <string_view>
 
 #include "bindings/check.h"
+#include "bindings/gpu_checks.h"
 #include "bindings/ops.h"
 #include "blackwell/moe_mlp.h"
 #include "cpu/types.h"
@@ -55,37 +55,6 @@ void check_multiple(Check& check, const char* name, int64_t value, int multiple,
                     std::string(variant) + ", got " + text(value));
 }
 
-// Kernels index with 32 bits, and step past the end by less than a grid.
-void check_int32(Check& check, const char* name, int64_t value) {
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() - (1 << 20);
-  check.require(value <= kMax,
-                std::string(name) + " must be at most " + text(kMax) + ", got " + text(value));
-}
-
-void check_experts(Check& check, int64_t experts) {
-  check.require(experts <= blackwell::kMaxExperts,
-                "the weights must be of at most " + text(blackwell::kMaxExperts) +
-                    " experts, got " + text(experts) + "; split them with expert_offset");
-}
-
-void check_aligned(Check& check, const char* name, const ffi::AnyBuffer& buffer, int bytes) {
-  const auto off = reinterpret_cast<uintptr_t>(buffer.untyped_data()) % bytes;
-  check.require(off == 0, std::string(name) + " must start at a multiple of " + text(bytes) +
-                              " bytes, got " + text(static_cast<int64_t>(off)) + " past one");
-}
-
-void* aligned(const ffi::AnyBuffer& workspace) {
-  const auto address = reinterpret_cast<uintptr_t>(workspace.untyped_data());
-  return reinterpret_cast<void*>((address + kScratchAlignment - 1) / kScratchAlignment *
-                                 kScratchAlignment);
-}
-
-// "" is success; anything else names the kernel and what CUDA said.
-ffi::Error finished(const std::string& op, const std::string& problem, const std::string& failure) {
-  if (failure.empty()) return ffi::Error::Success();
-  return ffi::Error::Internal(op + ": " + problem + ": " + failure);
-}
-
 ffi::Error moe_mlp(cudaStream_t stream, const MoeMlpCall& call,
                    const std::array<ffi::AnyBuffer, 2>& input_scales) {
   const std::string op = std::string("moe_mlp (") + kLibrary + ")";
@@ -108,7 +77,7 @@ ffi::Error moe_mlp(cudaStream_t stream, const MoeMlpCall& call,
                 blackwell::matrix_bytes(args.format, call.hidden_size, call.intermediate_size));
   check_optional(check, "gate_up_input_scale", input_scales[0], {1});
   check_optional(check, "down_input_scale", input_scales[1], {1});
-  check_experts(check, call.experts());
+  check_experts(check, call.experts(), blackwell::kMaxExperts);
   check_int32(check, "tokens times top_k", call.tokens() * call.top_k());
   check_int32(check, "hidden_size", call.hidden_size);
   check_int32(check, "twice intermediate_size", 2 * call.intermediate_size);
@@ -121,8 +90,9 @@ ffi::Error moe_mlp(cudaStream_t stream, const MoeMlpCall& call,
   args.shape = {call.tokens(), call.hidden_size, call.intermediate_size, call.experts(),
                 call.top_k()};
   if (check.ok()) {
-    check_workspace(check, call.workspace,
-                    workspace_of(blackwell::mlp_workspace_bytes(args.format, args.shape, gated)));
+    check_workspace(
+        check, call.workspace,
+        gpu_workspace_bytes(blackwell::mlp_workspace_bytes(args.format, args.shape, gated)));
   }
   if (!check.ok()) return check.error();
   if (call.out.element_count() == 0) return ffi::Error::Success();
@@ -169,7 +139,7 @@ ffi::Error grouped_matmul(cudaStream_t stream, const GroupedMatmulCall& call,
                 blackwell::matrix_bytes(args.format, call.n, call.k));
   check_optional(check, "input_scale", input_scales[0], {1});
   check.require(call.experts() > 0, "w must hold at least one expert, got " + describe(call.w));
-  check_experts(check, call.experts());
+  check_experts(check, call.experts(), blackwell::kMaxExperts);
   check_int32(check, "rows of x", call.rows());
   check_int32(check, "n", call.n);
   check_int32(check, "k", call.k);
@@ -178,8 +148,9 @@ ffi::Error grouped_matmul(cudaStream_t stream, const GroupedMatmulCall& call,
   check_aligned(check, "out", call.out, 16);
   args.shape = {call.rows(), call.n, call.k, call.experts(), call.groups()};
   if (check.ok()) {
-    check_workspace(check, call.workspace,
-                    workspace_of(blackwell::grouped_workspace_bytes(args.format, args.shape)));
+    check_workspace(
+        check, call.workspace,
+        gpu_workspace_bytes(blackwell::grouped_workspace_bytes(args.format, args.shape)));
   }
   if (!check.ok()) return check.error();
   if (call.out.element_count() == 0) return ffi::Error::Success();

@@ -38,10 +38,6 @@ inline std::optional<blackwell::Format> variant_format(std::string_view variant)
 }
 inline std::string variant_names() { return variant_name("w4a4") + ", " + variant_name("w4a8"); }
 
-inline constexpr int64_t kScratchAlignment = 256;
-// Bytes of the workspace output: scratch, and room to align it, since XLA aligns to less.
-inline int64_t workspace_of(int64_t scratch) { return scratch ? scratch + kScratchAlignment : 0; }
-
 }  // namespace jaxmoe
 
 #endif  // JAXMOE_CSRC_BINDINGS_BLACKWELL_HANDLERS_H_

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "bindings/blackwell_handlers.h"
+#include "bindings/gpu_checks.h"
 #include "bindings/module.h"
 #include "blackwell/moe_mlp.h"
 
@@ -75,7 +76,7 @@ int64_t moe_mlp_workspace(const std::string& op, int64_t tokens, int64_t hidden_
                           const std::string& x_dtype, const std::string& variant) {
   check_op(op, "moe_mlp");
   const Format format = check_variant(variant, x_dtype);
-  return workspace_of(blackwell::mlp_workspace_bytes(
+  return gpu_workspace_bytes(blackwell::mlp_workspace_bytes(
       format,
       {at_least_zero("tokens", tokens), at_least_zero("hidden_size", hidden_size),
        at_least_zero("intermediate_size", intermediate_size),
@@ -88,7 +89,7 @@ int64_t grouped_matmul_workspace(const std::string& op, int64_t rows, int64_t n,
                                  const std::string& x_dtype, const std::string& variant) {
   check_op(op, "grouped_matmul");
   const Format format = check_variant(variant, x_dtype);
-  return workspace_of(blackwell::grouped_workspace_bytes(
+  return gpu_workspace_bytes(blackwell::grouped_workspace_bytes(
       format,
       {at_least_zero("rows", rows), at_least_zero("n", n), at_least_zero("k", k),
        at_least_zero("num_experts", num_experts), at_least_zero("num_groups", num_groups)}));

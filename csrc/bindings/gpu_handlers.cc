@@ -2,9 +2,8 @@
 // structs for csrc/cuda. Nothing is read from the device and nothing waits for it.
 #include "bindings/gpu_handlers.h"
 
-#include <limits>
-
 #include "bindings/check.h"
+#include "bindings/gpu_checks.h"
 #include "cpu/types.h"
 
 namespace jaxmoe {
@@ -58,38 +57,7 @@ void check_names(Check& check, const GpuLibrary& library, std::string_view name,
   check.require(known, "tactic must be '' or one of " + names + ", got " + quoted(tactic));
 }
 
-// Kernels index with 32 bits, and step past the end by less than a grid.
-void check_int32(Check& check, const char* name, int64_t value) {
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() - (1 << 20);
-  check.require(value <= kMax,
-                std::string(name) + " must be at most " + text(kMax) + ", got " + text(value));
-}
-
-void check_experts(Check& check, int64_t experts) {
-  check.require(experts <= cuda::kMaxExperts,
-                "the weights must be of at most " + text(cuda::kMaxExperts) + " experts, got " +
-                    text(experts) + "; split them with expert_offset");
-}
-
-// Rows are copied 16 bytes at a time.
-void check_aligned(Check& check, const char* name, const ffi::AnyBuffer& buffer) {
-  const auto address = reinterpret_cast<uintptr_t>(buffer.untyped_data());
-  check.require(address % 16 == 0, std::string(name) +
-                                       " must start at a multiple of 16 bytes, got " +
-                                       text(static_cast<int64_t>(address % 16)) + " past one");
-}
-
-void* aligned(const ffi::AnyBuffer& workspace) {
-  const auto address = reinterpret_cast<uintptr_t>(workspace.untyped_data());
-  return reinterpret_cast<void*>((address + kScratchAlignment - 1) / kScratchAlignment *
-                                 kScratchAlignment);
-}
-
-// "" is success; anything else names the kernel and what CUDA said.
-ffi::Error finished(const std::string& op, const std::string& problem, const std::string& failure) {
-  if (failure.empty()) return ffi::Error::Success();
-  return ffi::Error::Internal(op + ": " + problem + ": " + failure);
-}
+constexpr int kRowBytes = 16;  // rows are copied so many at a time
 
 }  // namespace
 
@@ -128,16 +96,16 @@ ffi::Error moe_mlp(const GpuLibrary& library, cudaStream_t stream, const MoeMlpC
     check_optional(check, "gate_up_input_scale", scales[0], {1});
     check_optional(check, "down_input_scale", scales[1], {1});
   }
-  check_experts(check, call.experts());
+  check_experts(check, call.experts(), cuda::kMaxExperts);
   check_int32(check, "tokens times top_k", call.tokens() * call.top_k());
   check_int32(check, "hidden_size", call.hidden_size);
   check_int32(check, "twice intermediate_size", 2 * call.intermediate_size);
   check.require(call.top_k() > 0, "expert_ids must have at least one choice for each token, got " +
                                       describe(call.expert_ids));
-  check_aligned(check, "x", call.x);
-  check_aligned(check, "gate_up", call.gate_up);
-  check_aligned(check, "down", call.down);
-  check_aligned(check, "out", call.out);
+  check_aligned(check, "x", call.x, kRowBytes);
+  check_aligned(check, "gate_up", call.gate_up, kRowBytes);
+  check_aligned(check, "down", call.down, kRowBytes);
+  check_aligned(check, "out", call.out, kRowBytes);
   args.shape = {call.tokens(), call.hidden_size, call.intermediate_size, call.experts(),
                 call.top_k()};
   if (check.ok()) {
@@ -190,13 +158,13 @@ ffi::Error grouped_matmul(const GpuLibrary& library, cudaStream_t stream,
                 cuda::matrix_bytes(args.format, call.n, call.k, false));
   if (!scales.empty()) check_optional(check, "input_scale", scales[0], {1});
   check.require(call.experts() > 0, "w must hold at least one expert, got " + describe(call.w));
-  check_experts(check, call.experts());
+  check_experts(check, call.experts(), cuda::kMaxExperts);
   check_int32(check, "rows of x", call.rows());
   check_int32(check, "n", call.n);
   check_int32(check, "k", call.k);
-  check_aligned(check, "x", call.x);
-  check_aligned(check, "w", call.w);
-  check_aligned(check, "out", call.out);
+  check_aligned(check, "x", call.x, kRowBytes);
+  check_aligned(check, "w", call.w, kRowBytes);
+  check_aligned(check, "out", call.out, kRowBytes);
   args.shape = {call.rows(), call.n, call.k, call.experts(), call.groups()};
   if (check.ok()) {
     check_workspace(check, call.workspace,

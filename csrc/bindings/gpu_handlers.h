@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "bindings/gpu_checks.h"
 #include "bindings/ops.h"
 #include "cuda/tactics.h"
 #include "xla/ffi/api/ffi.h"
@@ -33,12 +34,6 @@ struct GpuLibrary {
 const GpuVariant* find_variant(const GpuLibrary& library, std::string_view name);
 // "sm90_w4a16, sm90_w4a8"
 std::string variant_names(const GpuLibrary& library);
-
-inline constexpr int64_t kScratchAlignment = 256;  // of the kernels' scratch
-// Bytes of the workspace output: scratch, and room to align it, since XLA aligns to less.
-inline int64_t gpu_workspace_bytes(int64_t scratch) {
-  return scratch ? scratch + kScratchAlignment : 0;
-}
 
 // Static scales of the operands that a variant rounds to e4m3, for a library that binds them: of x
 // and of what is between the products. A variant that rounds neither does not look at them.
