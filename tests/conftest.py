@@ -11,3 +11,25 @@ def forget_executables() -> Iterator[None]:
     """Thousands of compiled programs would otherwise fill the memory of a long run."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs the command line; returns exit code, stdout and stderr."""
+    from jaxmoe.cli import main
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*args):
+        capsys.readouterr()
+        try:
+            main([str(a) for a in args])
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        else:
+            code = 0
+        text = capsys.readouterr()
+        assert "Traceback" not in text.out + text.err
+        return code, text.out, text.err
+
+    return call

@@ -16,30 +16,10 @@ from test_text import write_tokenizer
 
 import jaxmoe
 from jaxmoe import benchmark, checkpoint, kernels, tuning
-from jaxmoe.cli import _doctor, _explain, _generate, _quantize, _quantize_write, _tune, main
+from jaxmoe.cli import _doctor, _explain, _generate, _quantize, _quantize_write, _tune
 from jaxmoe.kernels import cpu
 
 MACHINE = benchmark.Machine("test machine", "cpu", bandwidth=1e10, peak=1e11, cache_bytes=0)
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Runs the command line; returns exit code, stdout and stderr."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*args):
-        capsys.readouterr()
-        try:
-            main([str(a) for a in args])
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        else:
-            code = 0
-        text = capsys.readouterr()
-        assert "Traceback" not in text.out + text.err
-        return code, text.out, text.err
-
-    return call
 
 
 @pytest.fixture
