@@ -21,7 +21,12 @@ FAMILIES = {
     "sm80": ({"sm_80", "sm_90", "sm_100", "sm_120"}, {"mma_kernel": ("HMMA",)}),
     "sm90": (
         {"sm_90a"},
-        {"gemm_kernel": ("HGMMA",), "decode_kernel": ("HMMA",), "fused_kernel": ("HMMA",)},
+        {
+            "gemm_kernel": ("HGMMA",),
+            "decode_kernel": ("HMMA",),
+            "mma_kernel": ("HMMA",),
+            "fused_kernel": ("HMMA",),
+        },
     ),
     "sm100": (
         {"sm_100f"},

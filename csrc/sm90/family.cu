@@ -1,6 +1,7 @@
 // Which tactics the Hopper library has, and which of them runs where none is named.
 #include <algorithm>
 
+#include "sm80/tactics.h"
 #include "sm90/tactics.h"
 
 namespace jaxmoe::sm90 {
@@ -11,6 +12,7 @@ namespace {
 const Tactic* product_tactic(Format format, int64_t rows, int64_t experts) {
   const int64_t mean = rows / std::max<int64_t>(1, std::min(rows, experts));
   if (rows <= 16 && !is_fp8(format)) return &kDecode;
+  if (mean <= 1 && format == Format::kNvfp4) return &sm80::kMma8;
   if (mean <= 48) return &kWgmma64;
   if (mean >= 100 && mean <= 160) return &kWgmma192;
   return mean < (is_fp8(format) ? 160 : 320) ? &kWgmma128 : &kWgmma256;
@@ -45,7 +47,7 @@ const Tactic* mlp_tactic(Format format, const MlpShape& s, bool gated) {
 }  // namespace
 
 const Family kFamily = {
-    {&kFused, &kDecode, &kWgmma64, &kWgmma64Tall, &kWgmma128, &kWgmma192, &kWgmma256},
+    {&kFused, &kDecode, &sm80::kMma8, &kWgmma64, &kWgmma64Tall, &kWgmma128, &kWgmma192, &kWgmma256},
     product_tactic,
     mlp_tactic,
     quantize_rows};
