@@ -1,6 +1,7 @@
 """What refuses a wrong build: CUTLASS too old or changed, a generic target, too large a tile, code
 that lacks its instructions, families that do not exist, kernels that the table does not have."""
 
+import os
 import pathlib
 import re
 import runpy
@@ -14,6 +15,7 @@ from jaxmoe.capability import TABLE
 from jaxmoe.capability.table import ACTIVATIONS
 
 ROOT = pathlib.Path(__file__).parent.parent
+CUTLASS = os.environ.get("CUTLASS_PATH")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
@@ -86,6 +88,27 @@ def test_a_generic_target_is_refused(tmp_path, target, accepted):
     result = run(NVCC, "-c", f"-I{ROOT / 'csrc'}", gencode, source, "-o", tmp_path / "kernel.o")
     assert (result.returncode == 0) == accepted
     assert accepted or "need a family target" in result.stderr
+
+
+@pytest.mark.skipif(NVCC is None or not CUTLASS, reason="needs nvcc and CUTLASS_PATH")
+def test_a_tile_over_the_limit_of_shared_memory_is_refused(tmp_path):
+    source = tmp_path / "tactic.cu"
+    source.write_text(
+        '#include "sm120/config.cuh"\n'
+        "using namespace jaxmoe::blackwell;\n"
+        "struct Config : Sm120<Format::kNvfp4, 256, 256> {\n"
+        '  static constexpr const char* kName = "n256";\n'
+        "};\n"
+        "extern const Tactic kTactic = GroupedGemm<Config>::kTactic;\n"
+    )
+    result = run(
+        NVCC, "-c", "-std=c++17", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}",
+        f"-isystem={CUTLASS}/include", "-gencode=arch=compute_120f,code=sm_120f", source,
+        "-o", tmp_path / "tactic.o",
+    )  # fmt: skip
+    assert result.returncode != 0
+    message = "the tile is too large: two stages of it, and the results, exceed the shared memory"
+    assert message in result.stdout + result.stderr
 
 
 PRODUCT = "MainloopSm120ArrayTmaWarpSpecialized_float_{}_t"
