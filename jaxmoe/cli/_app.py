@@ -112,6 +112,53 @@ def generate(
     )
 
 
+@app.command("eval")
+def evaluate(
+    words: Annotated[
+        list[str],
+        Argument(
+            metavar="[FOLDER] TEXT...",
+            help="Folder of a model (default: the bundled one), and UTF-8 files, or - for standard "
+            "input.",
+            show_default=False,
+        ),
+    ],
+    weight_format: Annotated[Fp4 | None, Option("--format", help="As for `generate`.")] = None,
+    context: Annotated[
+        int | None,
+        Option(help="Tokens that the model sees at once. Default: all it can, at most 2048."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        Option(help="How far windows lie apart; less costs more. Default: half of the context."),
+    ] = None,
+    batch: Annotated[int, Option(help="Windows at once.")] = 8,
+    implementation: Implementation = None,
+    model: Annotated[
+        Path | None, Option(help="Folder of the model, in place of the argument.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure how well a model predicts text: perplexity, bits per token and per byte.
+
+    Each file is a document. Every token is predicted once: the first from the token that starts
+    texts, every other from at least context - stride tokens before it, or all that there are. The
+    measures go to stdout; the kernel of each layer, and why, go to stderr.
+    """
+    from jaxmoe.cli._eval import evaluate as command
+
+    command(
+        words=words,
+        weight_format=weight_format,
+        context=context,
+        stride=stride,
+        batch=batch,
+        implementation=implementation,
+        folder=model,
+        as_json=json,
+    )
+
+
 @app.command()
 def capabilities(
     target: Annotated[
