@@ -193,6 +193,9 @@ def explain(
     dtype: Annotated[Dtype, Option(help="Of the activations.")] = "bfloat16",
     activation: Annotated[str, Option(help="Name of the activation function.")] = "swiglu",
     bias: Annotated[bool, Option("--bias", help="The experts have biases.")] = False,
+    input_scales: Annotated[
+        bool, Option("--input-scales", help="The weights have static scales of the activations.")
+    ] = False,
     layer: Annotated[
         str, Option(help="Sizes of a known layer (see `bench`), for those not given.")
     ] = "qwen3-30b-a3b",
@@ -229,6 +232,7 @@ def explain(
             "activation_dtype": dtype,
             "activation": activation,
             "bias": bias,
+            "input_scales": input_scales,
             "tokens": tokens,
         },
         implementation=implementation,
