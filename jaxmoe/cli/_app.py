@@ -295,9 +295,21 @@ def quantize(
             exists=True,
             dir_okay=False,
             help="JSON file with the scale of each quantised module's input (its largest magnitude "
-            "/ 2688) by name or pattern; without it, only weights are FP4.",
+            "/ 2688) by name or pattern; without it or --calibrate, only weights are FP4.",
         ),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        Option(
+            exists=True,
+            dir_okay=False,
+            help="UTF-8 file over which the unquantised model runs, to find the scales of the "
+            "inputs of experts and MLPs.",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int, Option(min=1, help="Read no more of the file than this many tokens.")
+    ] = 1 << 15,
 ) -> None:
     """Quantise the expert weights of a checkpoint, tensor by tensor.
 
@@ -318,6 +330,8 @@ def quantize(
         force=force,
         layout_name=layout,
         input_scales=input_scales,
+        calibrate=calibrate,
+        calibration_tokens=calibration_tokens,
     )
 
 

@@ -13,6 +13,8 @@ from jaxmoe.models._architecture import Experts as Experts
 from jaxmoe.models._architecture import LatentAttention as LatentAttention
 from jaxmoe.models._architecture import Layer as Layer
 from jaxmoe.models._cache import Cache as Cache
+from jaxmoe.models._calibration import calibrated as calibrated
+from jaxmoe.models._calibration import input_amax as input_amax
 from jaxmoe.models._config import DecoderConfig as DecoderConfig
 from jaxmoe.models._decoder import Decoder as Decoder
 from jaxmoe.models._decoder import DecoderAux as DecoderAux
