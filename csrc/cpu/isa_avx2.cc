@@ -44,6 +44,7 @@ struct Isa {
     return _mm256_cvtph_ps(half);
   }
 
+  static constexpr int kVectorsTogether = 1;
   struct Weights {
     __m256i of[4];
   };
@@ -63,11 +64,11 @@ struct Isa {
     return weights;
   }
 
-  static JAXMOE_INLINE I dot(const Weights& weights, const FixedBlock& x) {
-    const __m256i high = _mm256_slli_epi32(dot_bytes(weights, x.high), 8);
+  static JAXMOE_INLINE void dot(const Weights (&weights)[1], const FixedBlock& x, I (&sums)[1]) {
+    const __m256i high = _mm256_slli_epi32(dot_bytes(weights[0], x.high), 8);
     const __m256i low =
-        _mm256_add_epi32(dot_bytes(weights, x.low), _mm256_set1_epi32(x.correction));
-    return (I)_mm256_add_epi32(high, low);
+        _mm256_add_epi32(dot_bytes(weights[0], x.low), _mm256_set1_epi32(x.correction));
+    sums[0] = (I)_mm256_add_epi32(high, low);
   }
 
   // Four sums of pairs stay within 16 bits: 4 * 2 * 24 * 128 < 2^15.

@@ -9,6 +9,7 @@ namespace jaxmoe::cpu {
 namespace {
 
 struct VnniIsa : Isa {
+  static constexpr int kVectorsTogether = 2;
   struct Weights {
     __m512i of[4];
   };
@@ -27,21 +28,28 @@ struct VnniIsa : Isa {
     return weights;
   }
 
-  static JAXMOE_INLINE I dot(const Weights& weights, const FixedBlock& x) {
-    __m512i sum = _mm512_setzero_si512();
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) sum = _mm512_dpbusd_epi32(sum, weights.of[i], four(x.high, i));
-    sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), _mm512_set1_epi32(x.correction));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) sum = _mm512_dpbusd_epi32(sum, weights.of[i], four(x.low, i));
-    return (I)sum;
+  static JAXMOE_INLINE void dot(const Weights (&weights)[2], const FixedBlock& x, I (&sums)[2]) {
+    __m512i sum0 = _mm512_setzero_si512(), sum1 = sum0;
+    add(weights, x.high, sum0, sum1);
+    const __m512i correction = _mm512_set1_epi32(x.correction);
+    sum0 = _mm512_add_epi32(_mm512_slli_epi32(sum0, 8), correction);
+    sum1 = _mm512_add_epi32(_mm512_slli_epi32(sum1, 8), correction);
+    add(weights, x.low, sum0, sum1);
+    sums[0] = (I)sum0;
+    sums[1] = (I)sum1;
   }
 
  private:
-  static JAXMOE_INLINE __m512i four(const int8_t* bytes, int index) {
-    int32_t dword;
-    std::memcpy(&dword, bytes + 4 * index, sizeof(dword));
-    return _mm512_set1_epi32(dword);
+  static JAXMOE_INLINE void add(const Weights (&weights)[2], const int8_t* bytes, __m512i& sum0,
+                                __m512i& sum1) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      int32_t dword;
+      std::memcpy(&dword, bytes + 4 * i, sizeof(dword));
+      const __m512i four = _mm512_set1_epi32(dword);
+      sum0 = _mm512_dpbusd_epi32(sum0, weights[0].of[i], four);
+      sum1 = _mm512_dpbusd_epi32(sum1, weights[1].of[i], four);
+    }
   }
 };
 

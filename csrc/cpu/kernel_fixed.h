@@ -31,6 +31,8 @@ struct PanelFixed {
   static constexpr int kHalves = kBlock / FixedBlock::kValues;
   static constexpr int kBytes = superblock_bytes(kFormat);
   static constexpr int kGroupBytes = kPanelLanes * 4;  // eight k of all lanes
+  // Vectors of lanes that share a broadcast of the row.
+  static constexpr int kTogether = Isa::kVectorsTogether;
 
   static void run(const uint8_t* panel, int64_t superblocks, const FixedRows& a, int rows,
                   float* c) {
@@ -53,25 +55,36 @@ struct PanelFixed {
       const uint8_t* codes = panel + scale_bytes(kFormat);
 #pragma GCC unroll 4
       for (int b = 0; b < kBlocks; ++b, blocks += kHalves, codes += kBlock / 8 * kGroupBytes) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          F partial[kRows] = {};
+        for (int v0 = 0; v0 < kVectors; v0 += kTogether) {
+          F partial[kTogether][kRows] = {};
 #pragma GCC unroll 2
           for (int half = 0; half < kHalves; ++half) {
-            const auto weights =
-                Isa::load_weights(codes + half * 2 * kGroupBytes + v * kWidth * 4, kGroupBytes);
+            typename Isa::Weights weights[kTogether];
+#pragma GCC unroll 2
+            for (int v = 0; v < kTogether; ++v) {
+              weights[v] = Isa::load_weights(codes + half * 2 * kGroupBytes + (v0 + v) * kWidth * 4,
+                                             kGroupBytes);
+            }
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
               const FixedBlock& x = blocks[r * a.blocks + half];
-              const F products = __builtin_convertvector(Isa::dot(weights, x), F);
-              partial[r] =
-                  half ? Isa::fma(products, M::splat(x.scale), partial[r]) : products * x.scale;
+              I products[kTogether];
+              Isa::dot(weights, x, products);
+#pragma GCC unroll 2
+              for (int v = 0; v < kTogether; ++v) {
+                const F values = __builtin_convertvector(products[v], F);
+                partial[v][r] =
+                    half ? Isa::fma(values, M::splat(x.scale), partial[v][r]) : values * x.scale;
+              }
             }
           }
-          const Scale scale(panel + b * kPanelLanes + v * kWidth);
+#pragma GCC unroll 2
+          for (int v = 0; v < kTogether; ++v) {
+            const Scale scale(panel + b * kPanelLanes + (v0 + v) * kWidth);
 #pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r) {
-            sums[v][r] = scale.accumulate(partial[r], sums[v][r]);
+            for (int r = 0; r < kRows; ++r) {
+              sums[v0 + v][r] = scale.accumulate(partial[v][r], sums[v0 + v][r]);
+            }
           }
         }
       }
@@ -87,15 +100,12 @@ struct PanelFixed {
 template <class Isa>
 struct Fixed {
   static void pack(const float* values, int64_t n, FixedBlock* blocks) {
-    for (int64_t i = 0; i < n; i += FixedBlock::kValues)
-      blocks[i / FixedBlock::kValues] = block(values + i);
+    for (int64_t i = 0; i < n; i += FixedBlock::kValues) {
+      pack_block(values + i, blocks[i / FixedBlock::kValues]);
+    }
   }
 
  private:
-  using F = VectorTypes<16>::F;
-  using I = VectorTypes<16>::I;
-  typedef int8_t B __attribute__((vector_size(16)));
-
   static constexpr int32_t kInfinity = 0x7f800000;
   static constexpr int32_t kNan = 0x7fc00000;
   // Of the exponent: keeps the power of two and its inverse normal numbers.
@@ -104,27 +114,34 @@ struct Fixed {
   // power.
   static constexpr int32_t kRoom = 0x800000 - 0x7efe01;
 
-  static JAXMOE_INLINE FixedBlock block(const float* values) {
-    F x;
-    std::memcpy(&x, values, sizeof(x));
-    const I magnitude = (I)x & 0x7fffffff;
-    int32_t largest = 0;
-    for (int i = 0; i < 16; ++i) largest = magnitude[i] > largest ? magnitude[i] : largest;
+  // Plain loops, which compilers turn into a few vector instructions each.
+  static JAXMOE_INLINE void pack_block(const float* values, FixedBlock& block) {
+    constexpr int kCount = FixedBlock::kValues;
+    int32_t bits[kCount], integers[kCount];
+    std::memcpy(bits, values, sizeof(bits));
+    int32_t largest = 0, sum = 0;
+    for (int i = 0; i < kCount; ++i) {
+      const int32_t magnitude = bits[i] & 0x7fffffff;
+      largest = magnitude > largest ? magnitude : largest;
+    }
     int32_t exponent = (largest + kRoom) >> 23;
     exponent = exponent < kSmallest ? kSmallest : exponent;
-    const F magic = F{} + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
-    const I integers = (I)(x * from_bits((268 - exponent) << 23) + magic) - (I)magic;
-    const B low = order(__builtin_convertvector(integers, B));
-    const B high = order(__builtin_convertvector((integers + 128) >> 8, B));
-    int32_t sum = 0;
-    for (int i = 0; i < 16; ++i) sum += integers[i];
-    FixedBlock block;
-    std::memcpy(block.high, &high, sizeof(high));
-    std::memcpy(block.low, &low, sizeof(low));
+    const float inverse = from_bits((268 - exponent) << 23);
+    const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
+    for (int i = 0; i < kCount; ++i) {
+      const float shifted = values[i] * inverse + magic;
+      std::memcpy(&integers[i], &shifted, sizeof(shifted));
+      integers[i] -= 0x4b400000;
+    }
+    for (int i = 0; i < kCount; ++i) sum += integers[i];
+    int8_t low[kCount], high[kCount];
+    for (int i = 0; i < kCount; ++i) low[i] = static_cast<int8_t>(integers[i]);
+    for (int i = 0; i < kCount; ++i) high[i] = static_cast<int8_t>((integers[i] + 128) >> 8);
+    order(low, block.low);
+    order(high, block.high);
     // Half of it, for the doubled weights.
     block.scale = from_bits(largest >= kInfinity ? kNan : (exponent - 15) << 23);
     block.correction = -12 * sum;
-    return block;
   }
 
   static JAXMOE_INLINE float from_bits(int32_t bits) {
@@ -132,9 +149,12 @@ struct Fixed {
     std::memcpy(&value, &bits, sizeof(value));
     return value;
   }
-  static JAXMOE_INLINE B order(B bytes) {
-    return __builtin_shufflevector(bytes, bytes, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13,
-                                   15);
+  static JAXMOE_INLINE void order(const int8_t* from, int8_t* to) {
+    typedef int8_t Bytes __attribute__((vector_size(16)));
+    Bytes v;
+    std::memcpy(&v, from, sizeof(v));
+    v = __builtin_shufflevector(v, v, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    std::memcpy(to, &v, sizeof(v));
   }
 };
 
