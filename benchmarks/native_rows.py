@@ -1,7 +1,8 @@
 """Rows of `results/` out of what `native/moe_mlp.cu` printed in mode `time`.
 
     python benchmarks/native_rows.py docs/evidence/sm90-h100-matrix.txt --family sm90
-        --commit f123a1f --device "NVIDIA H100 80GB HBM3" --bandwidth 2980 --peak 782 --peak-fp8 1448
+        --commit f123a1f --device "NVIDIA H100 80GB HBM3"
+        --bandwidth 2980 --peak 782 --peak-fp8 1448
 
 The first line of a layer, format and T counts: the tactic `auto`, if it was asked for first. The
 mode of such rows is `graph`: replays of a CUDA graph, without JAX's dispatch. The ceilings are
