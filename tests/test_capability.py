@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import pathlib
 import pickle
 import time
 
@@ -37,6 +38,7 @@ from jaxmoe.capability import (
 )
 from jaxmoe.capability.table import ACTIVATIONS, KNOWN_SMS, SMEM_LIMIT
 
+ROOT = pathlib.Path(__file__).parent.parent
 AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c", "avx2"})
 AVX512_BF16 = AVX512 | {"avx512vbmi", "avx512_vnni", "avx512_bf16"}
 EVERY_FEATURE = AVX512_BF16 | {"avx512_fp16", "amx_tile", "amx_bf16"}
@@ -990,7 +992,7 @@ class TestManifest:
             "activations": sorted(ACTIVATIONS),
             "variants": {
                 "sm120_w4a4": {"sms": [120, 121], "smem_bytes": 97280, "formats": ["nvfp4"]},
-                "sm120_w4a8": {"sms": [120, 121], "smem_bytes": 98304, "formats": ["mxfp4"]},
+                "sm120_w4a8": {"sms": [120, 121], "smem_bytes": 97280, "formats": ["mxfp4"]},
             },
         }
         assert check_manifest(manifest, rows) == []
@@ -1001,10 +1003,17 @@ class TestTable:
         assert len({row.variant for row in TABLE}) == len(TABLE)
         assert TABLE[-1].variant == "xla"
         for row in TABLE:
-            assert row.evidence in ("hardware", "emulated", "compiled", "none")
             assert (row.sms is not None) == (row.platform == "cuda")
             assert hash(row) == hash(dataclasses.replace(row))
             assert row.deterministic
+
+    def test_every_kernel_has_computed_somewhere_and_a_record_says_so(self):
+        for row in TABLE:
+            if row.never:
+                assert (row.evidence, row.record) == ("none", "")
+            else:
+                assert row.evidence in ("hardware", "emulated")
+                assert (ROOT / row.record).is_file()
 
     def test_shared_memory_fits_every_sm(self):
         for row in TABLE:

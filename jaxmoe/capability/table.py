@@ -146,7 +146,8 @@ class Row:
         they are given; other rows ignore those.
       other_formats: why it takes no other weight format, for the refusal of one.
       deterministic: whether the same inputs give the same bits.
-      evidence: `hardware`, `emulated`, `compiled` or `none`: how its numbers were checked.
+      evidence: how its numbers were checked: `hardware`; `emulated`, on another GPU with the
+        missing instructions computed by others; `compiled`, not at all; `none` without a kernel.
       record: where the evidence is written down.
       only_by_name: why nothing but its own name selects it, neither AUTO nor the name of a family
         or provider; "" where they do.
@@ -232,7 +233,8 @@ def _block_scaled(family: str, sms: tuple[int, ...], smem_bytes: tuple[int, int]
             smem_bytes=smem,
             layout=_LAYOUT,
             input_scales=True,
-            evidence="compiled",
+            evidence="emulated",
+            record="docs/evidence/blackwell-emulated.md",
         )
         for (compute, arithmetic, formats), smem, k in zip(
             _QUANTISED, smem_bytes, (32, 64), strict=True
@@ -309,7 +311,7 @@ def _elsewhere(variant: str, arithmetic: frozenset[tuple[str, str]], sentence: s
 
 
 _BLACKWELL = (
-    *_block_scaled("sm120", (120, 121), (97280, 98304)),
+    *_block_scaled("sm120", (120, 121), (97280, 97280)),
     *_block_scaled("sm100", (100, 103), (223232, 227328)),
 )
 
