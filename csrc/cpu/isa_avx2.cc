@@ -45,6 +45,7 @@ struct Isa {
   }
 
   static constexpr int kVectorsTogether = 1;
+  static constexpr int kMaxFixedRows = 16;
   struct Weights {
     __m256i of[4];
   };

@@ -10,6 +10,7 @@ namespace {
 
 struct VnniIsa : Isa {
   static constexpr int kVectorsTogether = 2;
+  static constexpr int kMaxFixedRows = 4;
   struct Weights {
     __m512i of[4];
   };

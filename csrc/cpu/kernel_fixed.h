@@ -6,16 +6,15 @@
 // and the lower bytes of the row, which leaves sixteen products exact in 32 bits. Only then come
 // the power of two of the row's block and the scale of the weights' block, in f32.
 //
-// Isa provides, beside what kernel_f32.h asks for: Weights, load_weights (16 k x kWidth lanes) and
-// dot.
+// Isa provides, beside what kernel_f32.h asks for: Weights, load_weights (16 k x kWidth lanes), dot
+// for kVectorsTogether of them, and kMaxFixedRows, up to which this is faster than its other
+// kernels.
 #ifndef JAXMOE_CSRC_CPU_KERNEL_FIXED_H_
 #define JAXMOE_CSRC_CPU_KERNEL_FIXED_H_
 
 #include "cpu/kernel_f32.h"
 
 namespace jaxmoe::cpu {
-
-inline constexpr int kMaxFixedRows = 4;
 
 template <class Isa, Format kFormat>
 struct PanelFixed {
@@ -33,12 +32,18 @@ struct PanelFixed {
   static constexpr int kGroupBytes = kPanelLanes * 4;  // eight k of all lanes
   // Vectors of lanes that share a broadcast of the row.
   static constexpr int kTogether = Isa::kVectorsTogether;
+  static constexpr int kPassRows = 4;
 
   static void run(const uint8_t* panel, int64_t superblocks, const FixedRows& a, int rows,
                   float* c) {
-    static constexpr Function kPass[kMaxFixedRows + 1] = {nullptr, &pass<1>, &pass<2>, &pass<3>,
-                                                          &pass<4>};
-    kPass[rows](panel, superblocks, a, c);
+    static constexpr Function kPass[kPassRows + 1] = {nullptr, &pass<1>, &pass<2>, &pass<3>,
+                                                      &pass<4>};
+    const int passes = (rows + kPassRows - 1) / kPassRows;
+    for (int p = 0; p < passes; ++p) {
+      const int begin = rows * p / passes, end = rows * (p + 1) / passes;
+      kPass[end - begin](panel, superblocks, {a.data + begin * a.blocks, a.blocks},
+                         c + begin * kPanelLanes);
+    }
   }
 
  private:
@@ -162,7 +167,7 @@ template <class Isa>
 void fill_fixed(Kernels& table) {
   table.panel_fixed[static_cast<int>(Format::kNvfp4)] = &PanelFixed<Isa, Format::kNvfp4>::run;
   table.panel_fixed[static_cast<int>(Format::kMxfp4)] = &PanelFixed<Isa, Format::kMxfp4>::run;
-  table.max_fixed_rows = kMaxFixedRows;
+  table.max_fixed_rows = Isa::kMaxFixedRows;
   table.pack_fixed = &Fixed<Isa>::pack;
 }
 

@@ -43,15 +43,17 @@ inline __m512i bf16_values() {
 }
 
 // The scaled bf16 pairs (j, j + 4) of one group and 16 lanes, by way of f32: right for every scale.
+// The upper code of a dword is multiplied with the lower one still behind it, which reaches no
+// further than 2^-6 of its product: less than the least of the six bits that are kept. (Behind a
+// zero it is subnormal, which counts as zero: threads.cc.)
 template <int kIndex, class Scale>
 JAXMOE_INLINE __m512i scaled_pairs(__m512i codes, const Scale& scale) {
   const __m512i pairs = _mm512_permutexvar_epi16(
       kIndex ? _mm512_srli_epi32(codes, 4 * kIndex) : codes, bf16_values());
-  const __m512i high_bits =
-      _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-  const __m512i high = (__m512i)scale.times((Isa::F)high_bits);
+  const __m512i six_bits = _mm512_set1_epi32(static_cast<int>(0xfffc0000u));
+  const __m512i high = (__m512i)scale.times((Isa::F)pairs);
   const __m512i low = (__m512i)scale.times((Isa::F)_mm512_slli_epi32(pairs, 16));
-  return _mm512_or_si512(high, _mm512_srli_epi32(low, 16));
+  return _mm512_ternarylogic_epi32(high, six_bits, _mm512_srli_epi32(low, 16), 0xea);  // a & b | c
 }
 
 // For e8m0, by adding to the exponents: right while neither end of bf16's range is reached.
@@ -97,7 +99,6 @@ struct PanelTiles {
   static constexpr int kScaleBytes = scale_bytes(kFormat);
   static constexpr int kBytes = superblock_bytes(kFormat);
   static constexpr int kPrefetchBytes = PanelF32<Isa, kFormat>::kPrefetchBytes;
-  static constexpr int kGroups = kSuperblockK / 8;
   static constexpr bool kHasHalf = !std::is_same_v<typename Multiply::Half, NoHalf>;
 
   static void run(const uint8_t* panel, int64_t superblocks, const TileRows& a, int rows, float* c,
@@ -127,42 +128,42 @@ struct PanelTiles {
       const __m512i from_two = _mm512_sub_epi8(scales, _mm512_set1_epi8(2));
       if (_mm512_cmpgt_epu8_mask(from_two, _mm512_set1_epi8(static_cast<char>(250))) == 0) {
         const __m512i one = _mm512_set1_epi16(127 << 7);
-        return decode_by_lanes(superblock, tiles, [&](auto j, __m512i codes, __m512i scale) {
-          return shifted_pairs<j>(codes, _mm512_sub_epi16(scale, one));
-        });
+        return decode_blocks<Words>(
+            superblock, tiles, [&](auto j, __m512i codes, const Words& scale) JAXMOE_LAMBDA {
+              return shifted_pairs<j>(codes, _mm512_sub_epi16(scale.words, one));
+            });
       }
     } else if constexpr (kHasHalf) {
       const __m512i more = _mm512_loadu_si512(superblock + 64);
       const __m512i least = _mm512_min_epi8(scales, more);
       if (_mm512_cmple_epi8_mask(least, _mm512_setzero_si512()) == 0) {  // as in every real block
-        return decode_by_lanes(superblock, tiles, [](auto j, __m512i codes, __m512i scale) {
-          return half_pairs<j, typename Multiply::Half>(codes, scale);
-        });
+        return decode_blocks<Words>(
+            superblock, tiles, [](auto j, __m512i codes, const Words& scale) JAXMOE_LAMBDA {
+              return half_pairs<j, typename Multiply::Half>(codes, scale.words);
+            });
       }
     }
-    for (int half = 0; half < 2; ++half) {
-      for (int group = 0; group < kGroups; ++group) {
-        const Scale scale(superblock + group * 8 / kBlock * kPanelLanes + half * 16);
-        const __m512i codes =
-            _mm512_loadu_si512(superblock + kScaleBytes + group * 128 + half * 64);
-        unroll(std::make_integer_sequence<int, 4>{}, [&](auto j) JAXMOE_LAMBDA {
-          store_pair(tiles, group, half, j, scaled_pairs<j>(codes, scale));
-        });
-      }
-    }
+    decode_blocks<Scale>(superblock, tiles,
+                         [](auto j, __m512i codes, const Scale& scale)
+                             JAXMOE_LAMBDA { return scaled_pairs<j>(codes, scale); });
   }
 
-  // With a lane's scale byte, moved up by 7 bits, in both words of its dword.
-  template <class Function>
-  static JAXMOE_INLINE void decode_by_lanes(const uint8_t* superblock, uint8_t* tiles,
-                                            Function pairs) {
+  // A lane's scale byte, moved up by 7 bits, in both words of its dword.
+  struct Words {
+    __m512i words;
+    explicit JAXMOE_INLINE Words(const uint8_t* bytes) {
+      const __m512i wide =
+          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+      words = _mm512_or_si512(_mm512_slli_epi32(wide, 7), _mm512_slli_epi32(wide, 23));
+    }
+  };
+
+  template <class Scales, class Function>
+  static JAXMOE_INLINE void decode_blocks(const uint8_t* superblock, uint8_t* tiles,
+                                          Function pairs) {
     for (int block = 0; block < kSuperblockK / kBlock; ++block) {
       for (int half = 0; half < 2; ++half) {
-        const uint8_t* bytes = superblock + block * kPanelLanes + half * 16;
-        const __m512i wide =
-            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-        const __m512i scale =
-            _mm512_or_si512(_mm512_slli_epi32(wide, 7), _mm512_slli_epi32(wide, 23));
+        const Scales scale(superblock + block * kPanelLanes + half * 16);
 #pragma GCC unroll 4
         for (int g = 0; g < kBlock / 8; ++g) {
           const int group = block * (kBlock / 8) + g;

@@ -34,7 +34,8 @@ struct Math {
     return v;
   }
   static JAXMOE_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof(v)); }
-  static JAXMOE_INLINE F splat(float x) { return F{} + x; }
+  // Not 0 + x, which is another number for -0 and so an addition.
+  static JAXMOE_INLINE F splat(float x) { return x - F{}; }
   static JAXMOE_INLINE I splat_int(int32_t x) { return I{} + x; }
 
   // Comparisons are false for NaN, so that a NaN in `x` stays.
