@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -455,6 +456,12 @@ def test_damaged_shards(tmp_path, damage):
     with pytest.raises(CheckpointError, match=message) as error:
         read(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_docs_count_the_kinds_of_damage():
+    count = len(TENSORS) + len(CONFIGS) + len(FILES) + len(SHARDS)
+    docs = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    assert f"The tests have {count}\nkinds of damage" in docs
 
 
 def test_a_folder_that_is_none(tmp_path):

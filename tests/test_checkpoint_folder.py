@@ -250,6 +250,21 @@ def test_compressed_tensors_nvfp4(tmp_path):
     assert loaded.weights.gate_up_input_scale == 0.25 * (E + 1)
 
 
+def test_scales_that_come_back_from_their_reciprocals(tmp_path):
+    """The same bits; a scale is at most one unit in its last place off, whatever it is."""
+    drawn = 10 ** np.random.default_rng(0).uniform(-6, 0, E).astype(np.float32)
+    tensors = modelopt(lambda e, name: drawn[e])
+    write(tmp_path / "ours", tensors, MODELOPT)
+    write(tmp_path / "theirs", as_packed(tensors), packed("nvfp4-pack-quantized"))
+    with open_folder(tmp_path / "ours") as a, open_folder(tmp_path / "theirs") as b:
+        ours, theirs = (folder.experts(PREFIX, num_experts=E) for folder in (a, b))
+    for x, y in ((ours.gate_up, theirs.gate_up), (ours.down, theirs.down)):
+        np.testing.assert_array_equal(x.data, y.data)
+        np.testing.assert_array_equal(bits(x.scale), bits(y.scale))
+        off = np.asarray(x.global_scale).view(np.int32) - np.asarray(y.global_scale).view(np.int32)
+        assert np.abs(off).max() <= 1
+
+
 def test_an_inverse_global_scale_is_rounded_once(tmp_path):
     tensors = as_packed(modelopt())
     stored = np.float32([3.0])

@@ -11,6 +11,7 @@ import math
 import shutil
 from pathlib import Path
 
+import folders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -383,20 +384,67 @@ def test_bfloat16_is_near(family):
         assert np.median(error) < 5e-2
 
 
-@pytest.mark.parametrize(("family", "layout"), [("qwen3_moe", "modelopt"), ("gpt_oss", "gpt-oss")])
-def test_checkpoints_that_other_tools_read(family, layout, tmp_path):
-    """What `jaxmoe quantize` writes loads as FP4, with the logits of the rounded experts."""
+def quantize(family, path, layout):
     pytest.importorskip("typer", reason="needs the cli extra")
     from jaxmoe.cli import main
 
-    arguments = ["quantize", DATA / family, tmp_path / "fp4", "--format", FP4[family]]
+    arguments = ["quantize", DATA / family, path, "--format", FP4[family], "--layout", layout]
     include = r"\.experts\.(\d+\.)?(w[123]|\w+_proj)(\.weight)?$"
     with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in (*arguments, "--layout", layout, "--include", include)])
+        main([str(a) for a in (*arguments, "--include", include)])
     assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3_moe", "modelopt"),
+        ("mixtral", "modelopt"),
+        ("deepseek_v3", "modelopt"),
+        ("minimax_m2", "modelopt"),
+        ("qwen3_next", "modelopt"),
+        ("gpt_oss", "gpt-oss"),
+    ],
+)
+def test_checkpoints_that_other_tools_read(family, layout, tmp_path):
+    """What `jaxmoe quantize` writes loads as FP4, with the logits of the rounded experts."""
+    quantize(family, tmp_path / "fp4", layout)
     model = models.load_pretrained(tmp_path / "fp4")
     assert {block.moe.weight_format for block in model.layers if block.moe} == {FP4[family]}
     check_decode(model, *recorded(family, "fp4"), "right", tolerance=1e-2)
     other = {"nvfp4": "mxfp4", "mxfp4": "nvfp4"}[FP4[family]]
     with pytest.raises(checkpoint.CheckpointError, match="already; load them without"):
         models.load_pretrained(tmp_path / "fp4", weight_format=other)
+
+
+def test_compressed_tensors_nvfp4_is_the_model_of_its_values(tmp_path):
+    """Logits of the FP4 experts are those of a plain folder with what the file says, decoded here.
+
+    Not of the recorded ones: a global scale that survives its reciprocal may be a unit in the last
+    place off the rule's, and a block scale between two of e4m3 then falls to the other side.
+    """
+    quantize("qwen3_moe", tmp_path / "fp4", "compressed-tensors")
+    tensors = {}
+    for name, value in checkpoint.load(tmp_path / "fp4" / "model.safetensors").items():
+        value = np.asarray(value)
+        module, _, part = name.rpartition(".")
+        if part == "weight_packed":
+            codes = np.stack([value & 15, value >> 4], -1).reshape(len(value), -1)
+            tensors[f"{module}.weight"] = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7]
+            tensors[f"{module}.weight"] *= 1 - 2.0 * (codes >> 3)
+        elif part == "weight":
+            tensors[name] = value
+    for name, value in checkpoint.load(tmp_path / "fp4" / "model.safetensors").items():
+        module, _, part = name.rpartition(".")
+        if part == "weight_scale":
+            tensors[f"{module}.weight"] *= np.repeat(np.asarray(value).astype(np.float64), 16, 1)
+        elif part == "weight_global_scale":
+            tensors[f"{module}.weight"] /= np.float64(value[0])
+    config = json.loads((DATA / "qwen3_moe" / "config.json").read_text())
+    tensors = {k: v.astype(np.float32) if v.dtype == float else v for k, v in tensors.items()}
+    folders.write(tmp_path / "plain", tensors, config=config)
+    rows, _ = recorded("qwen3_moe")
+    tokens, valid = padded(rows, "right")
+    plain, _ = run(*nnx.split(models.load_pretrained(tmp_path / "plain")), tokens, None, valid)
+    expected = [np.asarray(plain[i])[valid[i]] for i in range(len(rows))]
+    check_prefill(models.load_pretrained(tmp_path / "fp4"), rows, expected, "right", 1e-5)
