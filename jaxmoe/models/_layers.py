@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxmoe.models import _architecture as architecture
 from jaxmoe.models._attention import Attention, Implementation, LatentAttention, rms_norm
-from jaxmoe.models._cache import Place, SlotCache, StateCache
+from jaxmoe.models._cache import LayerCache, Place
 from jaxmoe.models._delta_net import DeltaNet
 from jaxmoe.nn import MoE
 from jaxmoe.routing import RouterAux
@@ -98,9 +98,9 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         place: Place,
-        cache: SlotCache | StateCache | None = None,
+        cache: LayerCache | None = None,
         layer: jax.Array | int = 0,
-    ) -> tuple[jax.Array, SlotCache | StateCache | None, RouterAux | None]:
+    ) -> tuple[jax.Array, LayerCache | None, RouterAux | None]:
         """`x[B, T, H]`, where it stands, cache, which layer of it -> `[B, T, H]`, cache, aux."""
         y, cache = self.attention(self.attention_norm(x), place, cache, layer)
         x = x + y
