@@ -159,7 +159,7 @@ def _parts(
 
 
 def _room(model: models.Decoder, prompt: int, new: int) -> int:
-    return min(model.architecture.max_length, 1 << (prompt + new - 1).bit_length())
+    return min(model.architecture.max_length, -(-(prompt + new) // 64) * 64)
 
 
 def measure(
@@ -254,16 +254,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, loaded = load(given.folder, warm=given.warm)
     console.print(loaded)
     bandwidth = measure_machine(megabytes=64, matrix_size=256).bandwidth
-    rows = []
+    given.results.mkdir(parents=True, exist_ok=True)
+    path = given.results / f"{benchmark.device_slug(benchmark.device_name())}.json"
     for batch in given.batch or (1, 64):
         measured = measure(model, batch, given.prompt, given.new, bandwidth)
         console.print(measured)
-        rows.append(benchmark.origin(benchmark.device_name()) | loaded | measured)
+        row = benchmark.origin(benchmark.device_name()) | loaded | measured
+        benchmark.append_rows(path, [row])
         if given.profile:
             profile(model, batch, given.prompt, given.new, console)
-    given.results.mkdir(parents=True, exist_ok=True)
-    name = benchmark.device_slug(rows[0]["device"])
-    benchmark.append_rows(given.results / f"{name}.json", rows)
 
 
 if __name__ == "__main__":
