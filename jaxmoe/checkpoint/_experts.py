@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import bisect
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -349,10 +350,11 @@ class _Separate(_Source):
     down: str
 
     def __post_init__(self) -> None:
+        names = self.folder.names  # sorted
+        start, end = (bisect.bisect_left(names, self.prefix + mark) for mark in "./")
         present = {
             int(number)
-            for name in self.folder.names
-            if name.startswith(f"{self.prefix}.")
+            for name in names[start:end]
             for number in [name[len(self.prefix) + 1 :].partition(".")[0]]
             if number.isdecimal()
         }
