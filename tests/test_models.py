@@ -452,16 +452,30 @@ def test_text_does_not_depend_on_the_stride(model):
 
 
 def test_cache_is_donated(model):
-    graph, state = nnx.split(model)
-    empty, logits = _generation._start(graph, state, 1, 96)
+    structure, arrays = _generation._split(model)
+    empty, logits = _generation._start(structure, arrays, 1, 96)
     cache, logits = _generation._read(
-        graph, state, empty, logits, np.zeros((1, 64), np.int32), np.int32([5])
+        structure, arrays, empty, logits, np.zeros((1, 64), np.int32), np.int32([5])
     )
     assert cache.length.tolist() == [5]
-    new, _, _ = _generation._draw(graph, GREEDY, 4, state, cache, logits, np.uint32(0))
+    new, _, _ = _generation._draw(structure, GREEDY, 4, arrays, cache, logits, np.uint32(0))
     for old in (empty, cache):
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert new.length.tolist() == [9]
+
+
+def test_models_of_one_structure_share_their_programs(model, unquantized):
+    first, arrays = _generation._split(model)
+    second, again = _generation._split(copied(model))
+    assert first is not second
+    assert (first, hash(first)) == (second, hash(second))
+    assert all(a is b for a, b in zip(arrays, again, strict=True))
+    assert first != _generation._split(filled(CONFIG, seed=1).layers[0])[0]
+    assert first != 0
+    _generation._start(first, arrays, 1, 64)
+    compiled = _generation._start._cache_size()
+    _generation._start(second, again, 1, 64)
+    assert _generation._start._cache_size() == compiled
 
 
 def test_only_byte_level_models_write():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -22,18 +23,49 @@ SEPARATOR = 0
 _BUCKET = 64  # the least that a chunk is padded to, so that few lengths are compiled
 
 
+class _Structure:
+    """A model without its arrays, for jit: static, and hashed once.
+
+    A call with Flax's own graph and state would hash and flatten them anew: milliseconds with many
+    layers, while the GPU waits.
+    """
+
+    def __init__(self, graph: Any, tree: Any):
+        self._parts = graph, tree
+        self._hash = hash(self._parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Structure) and self._parts == other._parts)
+
+    def model(self, arrays: list[jax.Array]) -> Any:
+        """The model with these arrays."""
+        graph, tree = self._parts
+        return nnx.merge(graph, jax.tree.unflatten(tree, arrays))
+
+
+def _split(model: Decoder) -> tuple[_Structure, list[jax.Array]]:
+    graph, state = nnx.split(model)
+    arrays, tree = jax.tree.flatten(state)
+    return _Structure(graph, tree), arrays
+
+
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _start(graph: Any, state: Any, batch: int, max_length: int) -> tuple[Cache, jax.Array]:
+def _start(
+    structure: _Structure, arrays: list[jax.Array], batch: int, max_length: int
+) -> tuple[Cache, jax.Array]:
     """An empty cache, and logits `[B, V]` that stand for nothing."""
-    model = nnx.merge(graph, state)
+    model = structure.model(arrays)
     vocab_size = model.architecture.vocab_size
     return model.init_cache(batch, max_length), jnp.zeros((batch, vocab_size), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def _read(
-    graph: Any,
-    state: Any,
+    structure: _Structure,
+    arrays: list[jax.Array],
     cache: Cache,
     logits: jax.Array,
     tokens: jax.Array,
@@ -43,7 +75,7 @@ def _read(
 
     Where there are none to read, the logits stay.
     """
-    model = nnx.merge(graph, state)
+    model = structure.model(arrays)
     valid = jnp.arange(tokens.shape[1]) < count[:, None]
     hidden, cache, _ = model.hidden(tokens, cache, valid=valid)
     last = jnp.maximum(count - 1, 0)[:, None, None]
@@ -53,16 +85,16 @@ def _read(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
 def _draw(
-    graph: Any,
+    structure: _Structure,
     sampling: Sampling,
     count: int,
-    state: Any,
+    arrays: list[jax.Array],
     cache: Cache,
     logits: jax.Array,
     seed: jax.Array,
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """Draws `count` tokens for each row; returns the logits after the last and `i32[count, B]`."""
-    model = nnx.merge(graph, state)
+    model = structure.model(arrays)
     key = jax.random.key(seed)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
 
@@ -169,23 +201,27 @@ def _stream(
     chunk: int,
     max_length: int,
 ) -> Iterator[list[list[int]]]:
-    graph, state = nnx.split(model)
+    structure, arrays = _split(model)
     # NumPy numbers, since making jax ones would compile a dozen tiny programs.
-    cache, logits = _start(graph, state, len(tokens), max_length)
+    cache, logits = _start(structure, arrays, len(tokens), max_length)
     for start in range(0, tokens.shape[1], chunk):
         part = tokens[:, start : start + chunk]
         width = min(chunk, max_length, max(_BUCKET, 1 << (part.shape[1] - 1).bit_length()))
         part = np.pad(part, ((0, 0), (0, width - part.shape[1])))
         count = np.clip(lengths - start, 0, width).astype(np.int32)
-        cache, logits = _read(graph, state, cache, logits, part, count)
+        cache, logits = _read(structure, arrays, cache, logits, part, count)
     ended = [False] * len(tokens)
+    drawn: deque[jax.Array] = deque()
     for start in range(0, wanted, stride):
-        # Drawing ahead by up to `stride` may run past the last position: its tokens are not used.
-        cache, logits, drawn = _draw(
-            graph, sampling, stride, state, cache, logits, np.uint32(seed % 2**32)
-        )
+        # The device draws the next tokens while these are looked at. What it draws past the end of
+        # all texts, or past the last position, is not used.
+        while len(drawn) < min(2, -(-(wanted - start) // stride)):
+            cache, logits, ahead = _draw(
+                structure, sampling, stride, arrays, cache, logits, np.uint32(seed % 2**32)
+            )
+            drawn.append(ahead)
         new = []
-        for row, column in enumerate(np.asarray(drawn)[: wanted - start].T.tolist()):
+        for row, column in enumerate(np.asarray(drawn.popleft())[: wanted - start].T.tolist()):
             end = next((i for i, token in enumerate(column) if token in stop), len(column))
             new.append([] if ended[row] else column[:end])
             ended[row] |= end < len(column)
