@@ -20,7 +20,6 @@ from flax import nnx
 from reference_models import CONFIGS, FP4, PROMPTS
 
 from jaxmoe import activations, checkpoint, models, routing
-from jaxmoe.models import _pretrained
 from jaxmoe.models._architecture import repetitions
 
 DATA = Path(__file__).parent / "data" / "models"
@@ -363,22 +362,6 @@ def test_tensors_that_contradict_the_config_are_named(changes, message, tmp_path
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(checkpoint.CheckpointError, match=message):
         models.load_pretrained(tmp_path / "m")
-
-
-def test_turned_matrices_keep_their_bytes():
-    """What a GPU gets; its arrays serve like any others."""
-    matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
-    value = jax.device_put(matrix, may_alias=False)
-    turned = _pretrained._turn_in_place(jax.devices()[0])(value)
-    assert value.is_deleted()
-    assert turned.shape == (3, 2)
-    assert turned.format.layout.major_to_minor == (1, 0)
-    np.testing.assert_array_equal(turned, matrix.T)
-    product = jax.jit(lambda x, w: x @ w)
-    x = jnp.ones((1, 3))
-    np.testing.assert_array_equal(product(x, turned), product(x, jnp.asarray(matrix.T)))
-    text = product.lower(x, turned).compile().as_text()
-    assert "f32[3,2]{0,1}" in text.splitlines()[0]  # as it is, not copied first
 
 
 def test_progress_is_told():

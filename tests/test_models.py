@@ -15,6 +15,7 @@ from jaxmoe import checkpoint, models
 from jaxmoe import nn as moe_nn
 from jaxmoe.models import DecoderConfig, Rope, Sampling, _evaluation, _generation, _rope, _sampling
 from jaxmoe.models._cache import Place, RingCache, SlotCache
+from jaxmoe.models._structure import split
 
 CONFIG = DecoderConfig(
     hidden_size=64,
@@ -148,7 +149,7 @@ def attention_oracle(layer, x):
     b, t, _ = x.shape
 
     def heads(linear, n):
-        return (x @ np.asarray(linear.kernel[...], np.float64)).reshape(b, t, n, c.head_dim)
+        return (x @ np.asarray(linear.weight[...], np.float64).T).reshape(b, t, n, c.head_dim)
 
     def norm(z, rms):
         z = z / np.sqrt((z**2).mean(-1, keepdims=True) + c.norm_eps)
@@ -163,7 +164,7 @@ def attention_oracle(layer, x):
         score = k[i, : s + 1, n // group] @ q[i, s, n] / math.sqrt(c.head_dim)
         p = np.exp(score - score.max())
         out[i, s, n] = p / p.sum() @ v[i, : s + 1, n // group]
-    return out.reshape(b, t, -1) @ np.asarray(layer.out.kernel[...], np.float64)
+    return out.reshape(b, t, -1) @ np.asarray(layer.out.weight[...], np.float64).T
 
 
 def test_attention_matches_numpy(unquantized):
@@ -452,7 +453,7 @@ def test_text_does_not_depend_on_the_stride(model):
 
 
 def test_cache_is_donated(model):
-    structure, arrays = _generation._split(model)
+    structure, arrays = split(model)
     empty, logits = _generation._start(structure, arrays, 1, 96)
     cache, logits = _generation._read(
         structure, arrays, empty, logits, np.zeros((1, 64), np.int32), np.int32([5])
@@ -465,12 +466,12 @@ def test_cache_is_donated(model):
 
 
 def test_models_of_one_structure_share_their_programs(model, unquantized):
-    first, arrays = _generation._split(model)
-    second, again = _generation._split(copied(model))
+    first, arrays = split(model)
+    second, again = split(copied(model))
     assert first is not second
     assert (first, hash(first)) == (second, hash(second))
     assert all(a is b for a, b in zip(arrays, again, strict=True))
-    assert first != _generation._split(filled(CONFIG, seed=1).layers[0])[0]
+    assert first != split(filled(CONFIG, seed=1).layers[0])[0]
     assert first != 0
     _generation._start(first, arrays, 1, 64)
     compiled = _generation._start._cache_size()
@@ -511,7 +512,7 @@ def test_bits_per_byte_is_the_mean_of_minus_log2(model):
 
 
 def test_a_model_that_knows_nothing_needs_eight_bits(model):
-    model.head.kernel[...] = jnp.zeros_like(model.head.kernel[...])
+    model.head.weight[...] = jnp.zeros_like(model.head.weight[...])
     assert models.bits_per_byte(model, b"anything" * 40) == pytest.approx(8, rel=1e-6)
 
 
@@ -534,7 +535,7 @@ def test_folder_has_the_shared_part_once(folder):
     assert models.available_formats(folder) == ("nvfp4", "mxfp4", "bf16")
     names = checkpoint.load(folder / "decoder.safetensors").keys()
     assert not any("gate_up" in name or "down" in name for name in names)
-    assert {"embed.embedding", "layers.0.moe.router", "layers.1.attention.out.kernel"} <= names
+    assert {"embed.embedding", "layers.0.moe.router", "layers.1.attention.out.weight"} <= names
 
 
 def test_saving_again_writes_the_same_bytes(folder, tmp_path):

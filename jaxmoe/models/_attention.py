@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxmoe.models import _architecture as architecture
 from jaxmoe.models._cache import Place, RingCache, SlotCache
+from jaxmoe.models._linear import Linear
 from jaxmoe.models._rope import rotate
 
 Implementation: TypeAlias = Literal["xla", "cudnn"] | None
@@ -60,10 +61,10 @@ class Attention(nnx.Module):
         self.implementation = implementation
         queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.query = nnx.Linear(hidden_size, queries * (1 + c.gated), use_bias=c.bias, **options)
-        self.key = nnx.Linear(hidden_size, keys, use_bias=c.bias, **options)
-        self.value = nnx.Linear(hidden_size, keys, use_bias=c.bias, **options)
-        self.out = nnx.Linear(
+        self.query = Linear(hidden_size, queries * (1 + c.gated), use_bias=c.bias, **options)
+        self.key = Linear(hidden_size, keys, use_bias=c.bias, **options)
+        self.value = Linear(hidden_size, keys, use_bias=c.bias, **options)
+        self.out = Linear(
             queries, hidden_size, kernel_init=out_init, use_bias=c.out_bias, **options
         )
 
@@ -184,19 +185,17 @@ class LatentAttention(nnx.Module):
         queries = c.num_heads * (c.nope_dim + c.rope.dim)
         if c.q_rank is None:
             self.query_down = self.query_norm = nnx.data(None)
-            self.query = nnx.Linear(hidden_size, queries, use_bias=False, **options)
+            self.query = Linear(hidden_size, queries, use_bias=False, **options)
         else:
-            self.query_down = nnx.data(
-                nnx.Linear(hidden_size, c.q_rank, use_bias=c.bias, **options)
-            )
+            self.query_down = nnx.data(Linear(hidden_size, c.q_rank, use_bias=c.bias, **options))
             self.query_norm = nnx.data(rms_norm(c.q_rank, 1e-6, dtype, rngs))
-            self.query = nnx.Linear(c.q_rank, queries, use_bias=False, **options)
-        self.latent = nnx.Linear(hidden_size, c.kv_rank + c.rope.dim, use_bias=c.bias, **options)
+            self.query = Linear(c.q_rank, queries, use_bias=False, **options)
+        self.latent = Linear(hidden_size, c.kv_rank + c.rope.dim, use_bias=c.bias, **options)
         self.latent_norm = rms_norm(c.kv_rank, 1e-6, dtype, rngs)
-        self.expand = nnx.Linear(
+        self.expand = Linear(
             c.kv_rank, c.num_heads * (c.nope_dim + c.value_dim), use_bias=False, **options
         )
-        self.out = nnx.Linear(
+        self.out = Linear(
             c.num_heads * c.value_dim, hidden_size, kernel_init=out_init, use_bias=c.bias, **options
         )
 
@@ -224,10 +223,10 @@ class LatentAttention(nnx.Module):
             cache, (key,), position = cache.extend(layer, place, (key,))
             key = key.swapaxes(1, 2).astype(q.dtype)
 
-        expand = self.expand.kernel[...].astype(q.dtype)
-        expand = expand.reshape(c.kv_rank, c.num_heads, c.nope_dim + c.value_dim)
-        to_key, to_value = jnp.split(expand, [c.nope_dim], axis=-1)
-        q_latent = jnp.einsum("btnd,cnd->btnc", q[..., : c.nope_dim], to_key)
+        expand = self.expand.weight[...].astype(q.dtype)
+        expand = expand.reshape(c.num_heads, c.nope_dim + c.value_dim, c.kv_rank)
+        to_key, to_value = jnp.split(expand, [c.nope_dim], axis=1)
+        q_latent = jnp.einsum("btnd,ndc->btnc", q[..., : c.nope_dim], to_key)
         q = jnp.concatenate(
             [q_latent, rotate(q[..., c.nope_dim :], place.position, c.rope)], axis=-1
         )
@@ -239,5 +238,5 @@ class LatentAttention(nnx.Module):
             scale=c.scale,
             implementation=self.implementation,
         )
-        y = jnp.einsum("btnc,cnd->btnd", y[..., : c.kv_rank], to_value)
+        y = jnp.einsum("btnc,ndc->btnd", y[..., : c.kv_rank], to_value)
         return self.out(y.reshape(b, t, -1)), cache

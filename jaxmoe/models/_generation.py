@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jaxmoe.models._cache import Cache
 from jaxmoe.models._decoder import Decoder
 from jaxmoe.models._sampling import Sampling, sample
+from jaxmoe.models._structure import Structure, split
 
 SEPARATOR = 0
 """The byte that stands before every document a byte-level model was trained on."""
@@ -23,48 +23,19 @@ SEPARATOR = 0
 _BUCKET = 64  # the least that a chunk is padded to, so that few lengths are compiled
 
 
-class _Structure:
-    """A model without its arrays, for jit: static, and hashed once.
-
-    A call with Flax's own graph and state would hash and flatten them anew: milliseconds with many
-    layers, while the GPU waits.
-    """
-
-    def __init__(self, graph: Any, tree: Any):
-        self._parts = graph, tree
-        self._hash = hash(self._parts)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Structure) and self._parts == other._parts)
-
-    def model(self, arrays: list[jax.Array]) -> Any:
-        """The model with these arrays."""
-        graph, tree = self._parts
-        return nnx.merge(graph, jax.tree.unflatten(tree, arrays))
-
-
-def _split(model: Decoder) -> tuple[_Structure, list[jax.Array]]:
-    graph, state = nnx.split(model)
-    arrays, tree = jax.tree.flatten(state)
-    return _Structure(graph, tree), arrays
-
-
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _start(
-    structure: _Structure, arrays: list[jax.Array], batch: int, max_length: int
+    structure: Structure, arrays: list[jax.Array], batch: int, max_length: int
 ) -> tuple[Cache, jax.Array]:
     """An empty cache, and logits `[B, V]` that stand for nothing."""
-    model = structure.model(arrays)
+    model = structure.module(arrays)
     vocab_size = model.architecture.vocab_size
     return model.init_cache(batch, max_length), jnp.zeros((batch, vocab_size), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def _read(
-    structure: _Structure,
+    structure: Structure,
     arrays: list[jax.Array],
     cache: Cache,
     logits: jax.Array,
@@ -75,7 +46,7 @@ def _read(
 
     Where there are none to read, the logits stay.
     """
-    model = structure.model(arrays)
+    model = structure.module(arrays)
     valid = jnp.arange(tokens.shape[1]) < count[:, None]
     hidden, cache, _ = model.hidden(tokens, cache, valid=valid)
     last = jnp.maximum(count - 1, 0)[:, None, None]
@@ -85,7 +56,7 @@ def _read(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
 def _draw(
-    structure: _Structure,
+    structure: Structure,
     sampling: Sampling,
     count: int,
     arrays: list[jax.Array],
@@ -94,7 +65,7 @@ def _draw(
     seed: jax.Array,
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """Draws `count` tokens for each row; returns the logits after the last and `i32[count, B]`."""
-    model = structure.model(arrays)
+    model = structure.module(arrays)
     key = jax.random.key(seed)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
 
@@ -126,8 +97,7 @@ def generate_tokens(
     """Yields the tokens that a model writes after each of some prompts, as they are drawn.
 
     >>> import jax.numpy as jnp
-    >>> from flax import nnx
-    >>> from jaxmoe.models import Decoder, DecoderConfig, generate_tokens
+    >>>     >>> from jaxmoe.models import Decoder, DecoderConfig, generate_tokens
     >>> config = DecoderConfig(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1,
     ...                        head_dim=32, intermediate_size=64, num_experts=8, top_k=2)
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
@@ -201,7 +171,7 @@ def _stream(
     chunk: int,
     max_length: int,
 ) -> Iterator[list[list[int]]]:
-    structure, arrays = _split(model)
+    structure, arrays = split(model)
     # NumPy numbers, since making jax ones would compile a dozen tiny programs.
     cache, logits = _start(structure, arrays, len(tokens), max_length)
     for start in range(0, tokens.shape[1], chunk):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.layout import Format, Layout
-from jax.sharding import SingleDeviceSharding
 
 from jaxmoe.checkpoint import CheckpointError, Folder, open_folder
 from jaxmoe.formats import get_format
@@ -120,22 +117,6 @@ def load_pretrained(
 _dequantize = jax.jit(dequantize, static_argnums=1)
 
 
-def _turned(matrix: jax.Array) -> jax.Array:
-    """`[out, in]` as `[in, out]`; on a GPU its bytes stay as they are.
-
-    XLA computes the product of one row with such a matrix by sums along rows that are contiguous;
-    in the other order they take three times as long.
-    """
-    (device,) = matrix.devices()
-    return matrix.T if device.platform == "cpu" else _turn_in_place(device)(matrix)
-
-
-@functools.cache
-def _turn_in_place(device: jax.Device) -> Callable[[jax.Array], jax.Array]:
-    columns = Format(Layout((1, 0)), SingleDeviceSharding(device))
-    return jax.jit(jnp.transpose, out_shardings=columns, donate_argnums=0)
-
-
 class _Reader:
     """Puts a folder's tensors into a model's variables."""
 
@@ -146,19 +127,17 @@ class _Reader:
         self.dtype = np.dtype(dtype)
         self.quantize = quantize
 
-    def fill(self, variable: Any, value: Any, name: str, *, transposed: bool = False) -> None:
-        """Checks a value, and puts it (or its transpose) on the device in the variable's dtype."""
+    def fill(self, variable: Any, value: Any, name: str) -> None:
+        """Checks a value, and puts it on the device in the variable's dtype."""
         expected = variable_value(variable)
-        shape = value.shape[::-1] if transposed else value.shape
-        if shape != expected.shape:
+        if value.shape != expected.shape:
             raise CheckpointError(
                 self.path,
-                f"tensor {name!r} must have shape {expected.shape} (or its transpose) by "
-                f"config.json, got {shape}",
+                f"tensor {name!r} must have shape {expected.shape} by config.json, got "
+                f"{value.shape}",
             )
         # Converted by the device: on the host it takes longer, and as much memory again.
-        value = jax.device_put(value, may_alias=False).astype(expected.dtype)
-        assign(variable, _turned(value) if transposed else value)
+        assign(variable, jax.device_put(value, may_alias=False).astype(expected.dtype))
 
     def matrix(self, name: str) -> Any:
         """A module's weight `[out, in]`, dequantised on the device if it is quantised."""
@@ -174,7 +153,7 @@ class _Reader:
             scale = self.folder.tensor(f"{name}.weight").astype(np.float32) + np.float32(offset)
             self.fill(module.scale, scale, f"{name}.weight")
             return
-        self.fill(module.kernel, self.matrix(name), f"{name}.weight", transposed=True)
+        self.fill(module.weight, self.matrix(name), f"{name}.weight")
         if module.bias is not None:
             self.fill(module.bias, self.folder.tensor(f"{name}.bias"), f"{name}.bias")
 
