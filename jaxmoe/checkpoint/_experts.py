@@ -173,7 +173,8 @@ def _read_ahead(
             yield (e,), read((e,))
         return
     most = 1 << max(0, (_GROUP // max(1, size)).bit_length() - 1)
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # threads have their own
+    config: Any = jax.config
+    device = config.jax_default_device  # which threads do not inherit
 
     def work(group: Sequence[int]) -> _Read:
         with jax.default_device(device):
