@@ -153,7 +153,7 @@ def bundled(size: int) -> None:
         rules = {**operands.OPERANDS, **({} if rule is None else {"w4a8": rule})}
         with mock.patch.object(operands, "OPERANDS", MappingProxyType(rules)):
             jax.clear_caches()  # the rule is no part of their keys
-            bits = models.bits_per_byte(model, text)
+            bits = models.evaluate(model, text).bits_per_byte
         first = first or bits
         seconds = time.monotonic() - start
         print(f"{name:36} {bits:.4f}  {bits / first - 1:+.2%}  ({seconds:.0f} s)", flush=True)

@@ -33,7 +33,8 @@ def measure(
         model = models.load(models.bundled(), weight_format, experts=experts)
         if weight_format != "bf16":
             model = moe_nn.prepare(model)
-        bits = results[weight_format] = models.bits_per_byte(model, documents, context=context)
+        score = models.evaluate(model, documents, context=context)
+        bits = results[weight_format] = score.bits_per_byte
         change = bits / results["bf16"] - 1
         seconds = time.monotonic() - start
         print(f"{weight_format:6} {bits:.4f} bits per byte  {change:+.2%}  ({seconds:.0f} s)")

@@ -199,7 +199,7 @@ def train(args: argparse.Namespace, log: Any) -> models.Decoder:
             last, last_step = clock, step
         if progress >= next_evaluation and progress < 1:
             next_evaluation += 0.1
-            bits = models.bits_per_byte(nnx.merge(graph, params), heldout)
+            bits = models.evaluate(nnx.merge(graph, params), heldout).bits_per_byte
             log(f"step {step} held-out bits per byte {bits:.4f}")
             last, last_step = time.monotonic(), step
     log(f"trained {step} steps of {args.batch} x {config.max_length} bytes in "
@@ -232,7 +232,7 @@ def finish(model: models.Decoder, args: argparse.Namespace, log: Any) -> None:
     results = {}
     for weight_format in ("bf16", "nvfp4", "mxfp4"):
         loaded = models.load(folder, weight_format)
-        results[weight_format] = models.bits_per_byte(loaded, heldout)
+        results[weight_format] = models.evaluate(loaded, heldout).bits_per_byte
         log(f"held-out bits per byte {weight_format} {results[weight_format]:.4f}")
     log(json.dumps(results))
     model = models.load(folder, "nvfp4")

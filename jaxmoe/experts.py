@@ -72,9 +72,10 @@ class ExpertWeights:
       gate_up_bias: `f32[E, 2I]` (`[E, I]` without gate) or None.
       down_bias: `f32[E, H]` or None.
       gate_up_input_scale: `f32[]` or None: the static global scale of x where a kernel quantises
-        it, amax / (448 * 6) as ModelOpt's `input_scale`; the largest of all experts', since x is
-        quantised once for all. None takes that of each token (NVFP4), or none (MXFP8). Kernels
-        that read x as it is ignore it, and `explain` says so.
+        it, amax / (448 * 6) for NVFP4 and amax / 448 for e4m3, as ModelOpt's `input_scale`; the
+        largest of all experts', since x is quantised once for all. None takes that of each token
+        (NVFP4, e4m3), or none (MXFP8). Kernels that read x as it is ignore it, and `explain` says
+        so.
       down_input_scale: the same of what the second product reads.
       declared_compute: the arithmetic that the weights were made for (`"w4a4"`), which
         `compute="auto"` takes where the target has it; None for the most accurate. Input scales

@@ -1,6 +1,7 @@
 """Small checkpoint folders in the layouts of several tools, written from their documentation."""
 
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -159,3 +160,19 @@ def write_shards(path, tensors, count=3, quantization=None):
     index = {"metadata": {"total_size": 1}, "weight_map": mapping}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return path
+
+
+def write_wide_model(path):
+    """The recorded tiny Qwen3-MoE with experts twice as wide: 32, a block of every format.
+
+    The second half of the gate rows is the first times -2, so that the halves' activations differ.
+    """
+    source = Path(__file__).parent / "data" / "models" / "qwen3_moe"
+    tensors = {k: np.asarray(v) for k, v in checkpoint.load(source / "model.safetensors").items()}
+    for name, value in tensors.items():
+        if ".experts." in name:
+            axis = 1 if "down_proj" in name else 0
+            other = -2 * value if "gate_proj" in name else value
+            tensors[name] = np.concatenate([value, other.astype(value.dtype)], axis)
+    config = json.loads((source / "config.json").read_text())
+    return write(path, tensors, config={**config, "moe_intermediate_size": 32})

@@ -211,8 +211,8 @@ def test_modelopt_nvfp4(tmp_path, where):
         assert folder.input_scale(f"{PREFIX}.1.{DOWN}") == 1.0
         assert isinstance(folder.linear("lm_head"), np.ndarray)
     check_nvfp4(tensors, loaded.weights)
-    assert loaded.gate_up_input_scale == 0.25 * (E + 1)
-    assert loaded.down_input_scale == 0.25 * (E + 2)
+    assert loaded.weights.gate_up_input_scale == 0.25 * (E + 1)
+    assert loaded.weights.down_input_scale == 0.25 * (E + 2)
     assert loaded.report is None
     np.testing.assert_array_equal(linear.data, loaded.weights.down[1].data)
     assert linear.shape == (H, I)
@@ -224,7 +224,7 @@ def test_modelopt_without_input_scales(tmp_path):
     with open_folder(write(tmp_path, tensors, quantization)) as folder:
         assert folder.scheme.compute == "w4a16"
         loaded = folder.load_experts(PREFIX, num_experts=E)
-    assert (loaded.gate_up_input_scale, loaded.down_input_scale) == (None, None)
+    assert (loaded.weights.gate_up_input_scale, loaded.weights.down_input_scale) == (None, None)
     check_nvfp4(tensors, loaded.weights)
 
 
@@ -236,7 +236,7 @@ def test_some_input_scales_are_missing(tmp_path, caplog):
         open_folder(write(tmp_path, tensors, MODELOPT)) as folder,
     ):
         loaded = folder.load_experts(PREFIX, num_experts=E)
-    assert loaded.down_input_scale == 0.25 * (E + 1)
+    assert loaded.weights.down_input_scale == 0.25 * (E + 1)
     assert "1 of 4 activation scales are missing" in caplog.text
 
 
@@ -247,7 +247,7 @@ def test_compressed_tensors_nvfp4(tmp_path):
         assert folder.scheme.compute == "w4a4"
         loaded = folder.load_experts(PREFIX, num_experts=E)
     check_nvfp4(tensors, loaded.weights)  # the scales are powers of two: reciprocals are exact
-    assert loaded.gate_up_input_scale == 0.25 * (E + 1)
+    assert loaded.weights.gate_up_input_scale == 0.25 * (E + 1)
 
 
 def test_an_inverse_global_scale_is_rounded_once(tmp_path):
@@ -563,8 +563,11 @@ MESH = """
             moved = folder.experts("model.layers.0.mlp.experts", num_experts=4)
         assert moved.gate_up.data.devices() == {devices[0, 1]}
         for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
-            assert b.sharding == sharding, b.sharding
-            assert {s.data.shape[0] for s in b.addressable_shards} == {2}
+            if b.ndim == 0:  # an input scale is everywhere
+                assert b.sharding == NamedSharding(sharding.mesh, P()), b.sharding
+            else:
+                assert b.sharding == sharding, b.sharding
+                assert {s.data.shape[0] for s in b.addressable_shards} == {2}
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
         wrong = NamedSharding(sharding.mesh, P(None, "expert"))
         try:

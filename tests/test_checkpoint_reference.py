@@ -128,12 +128,12 @@ def test_input_scales_are_the_largest_of_the_file(name):
     with open_folder(DATA / name) as folder:
         loaded = folder.load_experts(PREFIX, num_experts=3)
         if ending is None:
-            assert loaded.gate_up_input_scale is None
-            assert loaded.down_input_scale is None
+            assert loaded.weights.gate_up_input_scale is None
+            assert loaded.weights.down_input_scale is None
             return
         for names, found in (
-            (NAMES[:2], loaded.gate_up_input_scale),
-            (NAMES[2:], loaded.down_input_scale),
+            (NAMES[:2], loaded.weights.gate_up_input_scale),
+            (NAMES[2:], loaded.weights.down_input_scale),
         ):
             stored = [folder.tensor(f"{PREFIX}.{e}.{n}.{ending}") for e in range(3) for n in names]
             decoded = [1 / float(s.reshape(())) if inverse else float(s) for s in stored]

@@ -16,7 +16,7 @@ from test_text import write_tokenizer
 
 import jaxmoe
 from jaxmoe import benchmark, checkpoint, kernels, tuning
-from jaxmoe.cli import _doctor, _explain, _generate, _quantize, _quantize_write, _tune
+from jaxmoe.cli import _doctor, _explain, _generate, _model, _quantize, _quantize_write, _tune
 from jaxmoe.kernels import cpu
 
 MACHINE = benchmark.Machine("test machine", "cpu", bandwidth=1e10, peak=1e11, cache_bytes=0)
@@ -661,7 +661,7 @@ def test_rates_separate_prefill_from_decode():
 
 
 def test_layers_of_one_kernel_are_named_together():
-    assert _generate._ranges([0, 2, 3, 4, 7, 8]) == "0, 2-4, 7-8"
+    assert _model._ranges([0, 2, 3, 4, 7, 8]) == "0, 2-4, 7-8"
 
 
 # --- bench --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxmoe import checkpoint, models
 from jaxmoe import nn as moe_nn
-from jaxmoe.models import DecoderConfig, Rope, Sampling, _evaluation, _generation, _rope, _sampling
+from jaxmoe.models import DecoderConfig, Rope, Sampling, _generation, _rope, _sampling
 from jaxmoe.models._cache import Place, RingCache, SlotCache
 from jaxmoe.models._structure import split
 
@@ -484,41 +484,6 @@ def test_only_byte_level_models_write():
     model = nnx.eval_shape(lambda: models.Decoder(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="byte-level"):
         models.generate(model, "x")
-
-
-# --- evaluation ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("length", [1, 5, 8, 9, 11, 12, 13, 40])
-@pytest.mark.parametrize("context", [1, 2, 7, 8])
-def test_windows_score_every_byte_once_with_half_a_window_before(length, context):
-    document = bytes(range(1, length + 1))
-    windows, scored = _evaluation._windows(document, context)
-    targets = windows[:, 1:][scored == 1]
-    np.testing.assert_array_equal(targets, list(document))
-    for row in range(1, len(windows)):
-        assert np.flatnonzero(scored[row])[0] >= context - max(1, context // 2)
-
-
-def test_bits_per_byte_is_the_mean_of_minus_log2(model):
-    document = b"def main():\n    return 0\n"
-    ids = jnp.asarray([[0, *document]], jnp.int32)
-    logits = np.asarray(logits_of(model, ids)[0, :-1], np.float64)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    expected = -np.mean([log_p[i, byte] for i, byte in enumerate(document)]) / math.log(2)
-    got = models.bits_per_byte(model, document)
-    assert got == pytest.approx(expected, rel=1e-6)
-    assert models.bits_per_byte(model, [document, document.decode()]) == pytest.approx(got)
-
-
-def test_a_model_that_knows_nothing_needs_eight_bits(model):
-    model.head.weight[...] = jnp.zeros_like(model.head.weight[...])
-    assert models.bits_per_byte(model, b"anything" * 40) == pytest.approx(8, rel=1e-6)
-
-
-def test_bits_per_byte_needs_text(model):
-    with pytest.raises(ValueError, match="at least one byte"):
-        models.bits_per_byte(model, [b""])
 
 
 # --- storage -------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_input_scales(run, tmp_path):
             assert folder.input_scale(f"{PREFIX}.1.{GATE}") == 0.75
             assert folder.input_scale(f"{PREFIX}.2.{DOWN}") == 0.5
             loaded = folder.load_experts(PREFIX, num_experts=E)
-        assert (loaded.gate_up_input_scale, loaded.down_input_scale) == (0.75, 0.5)
+        assert (loaded.weights.gate_up_input_scale, loaded.weights.down_input_scale) == (0.75, 0.5)
     for bad, complaint in (
         ({"a": 1}, "has none for"),
         ({"*": 0}, "finite and > 0"),

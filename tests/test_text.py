@@ -55,6 +55,20 @@ def test_stop_tokens_are_collected(tmp_path):
     assert Tokenizer(folder).stop == {1, 5, 7, 9}
 
 
+def test_documents_start_after_a_token(tmp_path):
+    folder = write_tokenizer(tmp_path / "m")
+    text = Tokenizer(folder)
+    assert text.start == 0
+    assert text.encode_document("né".encode()) == text.encode("né")[1:]
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert Tokenizer(folder).start is None
+    (folder / "config.json").write_text('{"text_config": {"eos_token_id": [5, 6]}}')
+    assert Tokenizer(folder).start == 5
+    (folder / "generation_config.json").write_text('{"bos_token_id": 4, "eos_token_id": 9}')
+    assert Tokenizer(folder).start == 4
+    assert (ByteText().start, ByteText().encode_document("né".encode())) == (0, [110, 195, 169])
+
+
 @pytest.mark.parametrize("place", ["config", "list", "file"])
 def test_chat_template(tmp_path, place):
     pytest.importorskip("jinja2", reason="needs the text extra")

@@ -58,8 +58,8 @@ def test_nvfp4_predicts_as_well_as_bf16(prepared):
     assert len(texts) == 14
     bf16 = models.load(models.bundled(), "bf16", experts=folder)
     options = {"context": 256, "batch": len(texts)}
-    exact = models.bits_per_byte(bf16, texts, **options)
-    rounded = models.bits_per_byte(prepared, texts, **options)
+    exact = models.evaluate(bf16, texts, **options).bits_per_byte
+    rounded = models.evaluate(prepared, texts, **options).bits_per_byte
     # An untrained model needs 8 bits; openings are harder than the 1.01 of whole documents.
     assert exact < 2.5
     assert rounded == pytest.approx(exact, rel=0.02)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import bisect
+import dataclasses
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from jaxmoe.capability.table import COMPUTE
 from jaxmoe.checkpoint._safetensors import CheckpointError
-from jaxmoe.checkpoint._storage import GPT_OSS
-from jaxmoe.experts import ExpertWeights
+from jaxmoe.checkpoint._storage import GPT_OSS, Storage
+from jaxmoe.experts import ExpertWeights, check_input_scale
 from jaxmoe.formats import Format
 from jaxmoe.quantization import QuantizedTensor, UnifyReport, unify_global_scale
 
@@ -51,17 +53,14 @@ class LoadedExperts:
     """The experts of one layer as a checkpoint has them.
 
     Args:
-      weights: stacked, in canonical order.
-      gate_up_input_scale: f32 scale of the layer's activations, a factor of the decoded value: the
-        largest of all experts' (also of those that are on other hosts); None if there is none.
-      down_input_scale: the same of the activations between the two products.
+      weights: stacked, in canonical order. FP4 weights come with what the checkpoint declares: the
+        arithmetic that they were made for, and static scales of the activations, each the largest
+        of all experts' (also of those that are on other hosts).
       report: what the unification of gate's and up's global scales changed, one entry for each
         expert; None if they were equal. Zeros for experts of other hosts.
     """
 
     weights: ExpertWeights
-    gate_up_input_scale: float | None = None
-    down_input_scale: float | None = None
     report: UnifyReport | None = None
 
 
@@ -143,11 +142,11 @@ def _stream(source: _Source, sharding: Sharding | None) -> LoadedExperts:
         if report is not None:
             unified = True
             max_error[e], relative_l2[e] = report.max_error, report.relative_l2
-    weights = jax.tree.unflatten(structure, stacks.result())
+    weights = source.declare(jax.tree.unflatten(structure, stacks.result()), sharding)
     report = UnifyReport(max_error, relative_l2) if unified else None
     if report is not None:
         _LOG.warning("%s: %s: %s", source.folder.path, source.prefix, report)
-    return LoadedExperts(weights, *source.input_scales(), report)
+    return LoadedExperts(weights, report)
 
 
 def _stacked(leaves: Sequence[np.ndarray]) -> np.ndarray:
@@ -297,9 +296,41 @@ class _Source(abc.ABC):
     def expert(self, e: int) -> tuple[ExpertWeights, UnifyReport | None]:
         """The weights of one expert, without the experts' axis, in host memory."""
 
+    @abc.abstractmethod
+    def storage(self) -> Storage | None:
+        """How the experts are stored; None for plain ones."""
+
     def input_scales(self) -> tuple[float | None, float | None]:
         """The largest scales of the activations before the two products."""
         return None, None
+
+    def declare(self, weights: ExpertWeights, sharding: Sharding | None) -> ExpertWeights:
+        """Adds what the checkpoint says about arithmetic; nothing where weights were plain or FP8.
+
+        One scale serves all experts of a layer, since a kernel quantises a token once for all of
+        its experts: the largest, as vLLM and TensorRT-LLM take it, with which none saturates.
+        """
+        scheme, storage = self.folder.scheme, self.storage()
+        if scheme is None or storage is None or storage.format is None:
+            return weights
+        known = scheme.compute in COMPUTE[weights.format.name]
+        everywhere = None
+        if isinstance(sharding, NamedSharding):
+            everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        placed = []
+        for scale, name in zip(self.input_scales(), ("gate and up", "down"), strict=True):
+            if scale is not None:
+                try:
+                    check_input_scale(np.float32(scale), f"the input scale of {name}")
+                except ValueError as error:
+                    raise CheckpointError(self.folder.path, f"{self.prefix}: {error}") from error
+            placed.append(None if scale is None else jax.device_put(np.float32(scale), everywhere))
+        return dataclasses.replace(
+            weights,
+            gate_up_input_scale=placed[0],
+            down_input_scale=placed[1],
+            declared_compute=scheme.compute if known else None,
+        )
 
     def assemble(
         self,
@@ -408,6 +439,9 @@ class _Separate(_Source):
             )
         return weight
 
+    def storage(self) -> Storage | None:
+        return self.folder.storage(self._module(0, self.down))
+
     def input_scales(self) -> tuple[float | None, float | None]:
         upper = [name for name in (self.gate, self.up) if name is not None]
         return self._largest(upper), self._largest([self.down])
@@ -430,6 +464,9 @@ class _Fused(_Source):
 
     transposed: bool
     interleaved: bool
+
+    def storage(self) -> Storage | None:
+        return self.folder.storage(f"{self.prefix}.down_proj", "")
 
     def expert(self, e: int) -> tuple[ExpertWeights, UnifyReport | None]:
         gate_up, down = (self._matrix(e, name) for name in ("gate_up_proj", "down_proj"))

@@ -364,7 +364,9 @@ class Folder:
             and experts of other hosts are not read. None puts all on the default device.
 
         Returns:
-          The weights: FP4 as `QuantizedTensor`s, else arrays in `dtype`; biases in f32.
+          The weights: FP4 as `QuantizedTensor`s, else arrays in `dtype`; biases in f32. FP4 weights
+          of the checkpoint have its static input scales, the largest of all experts', and declare
+          the arithmetic that it was made for (`scheme.compute`).
 
         Raises:
           CheckpointError: as for `linear`, or if experts are missing or differ in kind.
@@ -396,11 +398,11 @@ class Folder:
 
         >>> loaded = folder.load_experts("model.layers.0.mlp.experts",         # doctest: +SKIP
         ...                              num_experts=128)
-        >>> loaded.gate_up_input_scale                                         # doctest: +SKIP
+        >>> loaded.report                                                      # doctest: +SKIP
 
         Returns:
-          The weights, the activations' scales, and the report of `unify_global_scale` if gate and
-          up had different global scales.
+          The weights, and the report of `unify_global_scale` if gate and up had different global
+          scales.
         """
         return _experts.load(
             self, prefix, names, num_experts, dtype, quantize, transposed, interleaved, sharding

@@ -51,7 +51,9 @@ MODELOPT_NVFP4 = Storage(
     "ModelOpt NVFP4", NVFP4, ".weight", "U8", ".weight_scale", ("F8_E4M3",),
     ".weight_scale_2", ".input_scale",
 )  # fmt: skip
-MODELOPT_MXFP4 = Storage("ModelOpt MXFP4", MXFP4, ".weight", "U8", ".weight_scale", _POWERS)
+MODELOPT_MXFP4 = Storage(
+    "ModelOpt MXFP4", MXFP4, ".weight", "U8", ".weight_scale", _POWERS, input_scale=".input_scale"
+)
 MODELOPT_FP8 = Storage(
     "ModelOpt FP8", None, ".weight", "F8_E4M3", ".weight_scale", ("F32",),
     input_scale=".input_scale",

@@ -112,6 +112,53 @@ def generate(
     )
 
 
+@app.command("eval")
+def evaluate(
+    words: Annotated[
+        list[str],
+        Argument(
+            metavar="[FOLDER] TEXT...",
+            help="Folder of a model (default: the bundled one), and UTF-8 files, or - for standard "
+            "input.",
+            show_default=False,
+        ),
+    ],
+    weight_format: Annotated[Fp4 | None, Option("--format", help="As for `generate`.")] = None,
+    context: Annotated[
+        int | None,
+        Option(help="Tokens that the model sees at once. Default: all it can, at most 2048."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        Option(help="How far windows lie apart; less costs more. Default: half of the context."),
+    ] = None,
+    batch: Annotated[int, Option(help="Windows at once.")] = 8,
+    implementation: Implementation = None,
+    model: Annotated[
+        Path | None, Option(help="Folder of the model, in place of the argument.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure how well a model predicts text: perplexity, bits per token and per byte.
+
+    Each file is a document. Every token is predicted once: the first from the token that starts
+    texts, every other from at least context - stride tokens before it, or all that there are. The
+    measures go to stdout; the kernel of each layer, and why, go to stderr.
+    """
+    from jaxmoe.cli._eval import evaluate as command
+
+    command(
+        words=words,
+        weight_format=weight_format,
+        context=context,
+        stride=stride,
+        batch=batch,
+        implementation=implementation,
+        folder=model,
+        as_json=json,
+    )
+
+
 @app.command()
 def capabilities(
     target: Annotated[
@@ -146,6 +193,9 @@ def explain(
     dtype: Annotated[Dtype, Option(help="Of the activations.")] = "bfloat16",
     activation: Annotated[str, Option(help="Name of the activation function.")] = "swiglu",
     bias: Annotated[bool, Option("--bias", help="The experts have biases.")] = False,
+    input_scales: Annotated[
+        bool, Option("--input-scales", help="The weights have static scales of the activations.")
+    ] = False,
     layer: Annotated[
         str, Option(help="Sizes of a known layer (see `bench`), for those not given.")
     ] = "qwen3-30b-a3b",
@@ -182,6 +232,7 @@ def explain(
             "activation_dtype": dtype,
             "activation": activation,
             "bias": bias,
+            "input_scales": input_scales,
             "tokens": tokens,
         },
         implementation=implementation,
@@ -244,9 +295,21 @@ def quantize(
             exists=True,
             dir_okay=False,
             help="JSON file with the scale of each quantised module's input (its largest magnitude "
-            "/ 2688) by name or pattern; without it, only weights are FP4.",
+            "/ 2688) by name or pattern; without it or --calibrate, only weights are FP4.",
         ),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        Option(
+            exists=True,
+            dir_okay=False,
+            help="UTF-8 file over which the unquantised model runs, to find the scales of the "
+            "inputs of experts and MLPs.",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int, Option(min=1, help="Read no more of the file than this many tokens.")
+    ] = 1 << 15,
 ) -> None:
     """Quantise the expert weights of a checkpoint, tensor by tensor.
 
@@ -267,6 +330,8 @@ def quantize(
         force=force,
         layout_name=layout,
         input_scales=input_scales,
+        calibrate=calibrate,
+        calibration_tokens=calibration_tokens,
     )
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jaxmoe
-from jaxmoe.capability import TABLE, Resolution, implementation_names
-from jaxmoe.cli._console import FailureError, argument, err, need, say
+from jaxmoe.cli import _model
+from jaxmoe.cli._console import argument, err, need, say
 
 PROMPT = 'def read_lines(path):\n    """'
 QUESTION = "What is a mixture of experts?"
@@ -66,29 +66,12 @@ def generate(
     folder, prompt = _folder_and_prompt(words, folder)
     with argument("--temperature, --top-k or --top-p"):
         sampling = models.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    with argument("--implementation"):
-        if implementation is not None and implementation not in implementation_names():
-            raise ValueError(
-                f"{implementation!r} is unknown; the names are {', '.join(implementation_names())}"
-            )
-    folder = models.bundled() if folder is None else folder
-    if not folder.is_dir():
-        raise FailureError(f"{folder}: there is no model; pass --model FOLDER")
+    _model.check_implementation(implementation)
     console = err()
     with jaxmoe.override(implementation=implementation):
-        start = time.perf_counter()
-        with console.status(f"reading {folder.name}"):
-            own = models.is_own(folder)
-            if own:
-                model, text = models.load(folder, weight_format or "nvfp4"), models.ByteText()
-                resolutions = _resolutions(model)
-                model = need("jaxmoe.nn", "cli").prepare(model)
-            else:
-                text = _tokenizer(models, folder)
-                model = models.load_pretrained(folder, weight_format=weight_format)
-                resolutions = _resolutions(model)
-        read = time.perf_counter() - start
-        chat = not own and not raw and text.has_chat_template
+        with console.status("reading the model"):
+            loaded = _model.load(folder, weight_format)
+        model, text, chat = loaded.model, loaded.text, loaded.chat and not raw
         if prompt is None:
             prompt = QUESTION if chat else PROMPT
         with argument("PROMPT"):
@@ -118,15 +101,14 @@ def generate(
             compiled = time.perf_counter() - start
         clock = Clock()
         _write("" if chat else prompt, clock.watch(parts()), models.TextStream(text))
-    _report(console, clock, batch * len(tokens), read, compiled)
-    for line in kernels(resolutions):
+    _report(console, clock, batch * len(tokens), loaded.seconds, compiled)
+    for line in _model.kernels(loaded.resolutions):
         say(console, line)
 
 
 def _folder_and_prompt(words: list[str], folder: Path | None) -> tuple[Path | None, str | None]:
-    """A first word that is a model's folder, unless --model names one, and the prompt."""
-    if words and folder is None and (Path(words[0]) / "config.json").is_file():
-        folder, words = Path(words[0]), words[1:]
+    """The folder of a model and a prompt, as far as they are given."""
+    folder, words = _model.split_folder(words, folder)
     if len(words) > 1:
         with argument("PROMPT"):
             raise ValueError(
@@ -134,27 +116,6 @@ def _folder_and_prompt(words: list[str], folder: Path | None) -> tuple[Path | No
                 "of it at most the folder of a model"
             )
     return folder, words[0] if words else None
-
-
-def _tokenizer(models: Any, folder: Path) -> Any:
-    try:
-        return models.Tokenizer(folder)
-    except ModuleNotFoundError as error:
-        raise FailureError(str(error)) from error
-
-
-def _resolutions(model: Any) -> dict[int, Resolution]:
-    """What runs the experts of each layer that has some."""
-    known: dict[tuple[int, int], Resolution] = {}
-    found = {}
-    for index in range(len(model.layers)):
-        stack, block, _ = model.layers.place(index)
-        moe = model.layers.stacks[stack].blocks[block].moe
-        if moe is not None:
-            if (stack, block) not in known:
-                known[stack, block] = moe.explain(model.dtype)
-            found[index] = known[stack, block]
-    return found
 
 
 def _write(prompt: str, parts: Iterable[list[list[int]]], stream: Any) -> None:
@@ -181,36 +142,3 @@ def _report(console: Any, clock: Clock, prompt_tokens: int, read: float, compile
         f"{', '.join(speed)}; {new} new tokens; read in {read:.1f} s, compiled in {compiled:.1f} s",
         "bold",
     )
-
-
-def kernels(resolutions: dict[int, Resolution]) -> list[str]:
-    """One paragraph for each kernel that runs, and the layers that it runs."""
-    layers: dict[str, list[int]] = {}
-    for index, resolution in resolutions.items():
-        layers.setdefault(why(resolution), []).append(index)
-    return [f"layers {_ranges(indices)}: {text}" for text, indices in layers.items()]
-
-
-def _ranges(indices: list[int]) -> str:
-    """Sorted numbers, runs as first-last."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-
-
-def why(resolution: Resolution) -> str:
-    """What ran, who chose it, and what would have been preferred but could not run."""
-    place = {row.variant: i for i, row in enumerate(TABLE)}
-    platforms = {row.variant: row.platform for row in TABLE}
-    selected = str(resolution.selected)
-    by = "the best that can run here" if resolution.selected_by == "auto" else "as requested"
-    better = [
-        f"  not {r.variant}: {r.detail}"
-        for r in resolution.rejected
-        if place[r.variant] < place[selected] and platforms[r.variant] == resolution.target.platform
-    ]
-    return "\n".join([f"kernel: {selected} ({resolution.compute}), {by}", *better])

@@ -19,6 +19,7 @@ from jaxmoe.checkpoint._layouts import Layout, get_layout, modelopt_file
 from jaxmoe.checkpoint._safetensors import Entry, Header, layout_of, open_file, read_header
 from jaxmoe.checkpoint._shards import INDEX, read_json
 from jaxmoe.checkpoint._storage import BLOCK_FP8, FLOATS
+from jaxmoe.cli import _calibrate
 from jaxmoe.cli import _quantize_write as write
 from jaxmoe.cli._console import FailureError, argument, err, say
 from jaxmoe.cli._quantize_write import Job, Plan
@@ -41,6 +42,8 @@ def quantize(
     force: bool,
     layout_name: str = "jaxmoe",
     input_scales: Path | None = None,
+    calibrate: Path | None = None,
+    calibration_tokens: int = 0,
 ) -> None:
     """Quantises a file, or the safetensors files of a folder; the rest of a folder is copied."""
     with argument("--include"):
@@ -52,28 +55,37 @@ def quantize(
         layout = get_layout(layout_name, get_format(weight_format))
         if layout.describe is not None and not src.is_dir():
             raise ValueError(f"layout {layout_name} is for folders with a config.json")
-    with argument("--input-scales"):
-        if input_scales is not None and layout.storage.input_scale is None:
+    with argument("--input-scales" if calibrate is None else "--calibrate"):
+        if (input_scales or calibrate) and layout.storage.input_scale is None:
             raise ValueError(f"{layout_name} {weight_format} stores no activation scales")
+        if input_scales and calibrate:
+            raise ValueError("cannot go together with --input-scales; give one of them")
+    text = None if calibrate is None else _calibrate.read_text(calibrate)
     _check_destination(src, dst, force)
     if layout.describe is None:
         _run(_own_job(src, layout, pattern, method), pattern, dst)
         return
     with open_folder(src) as folder:
-        scales = None if input_scales is None else _read_scales(input_scales)
-        _run(_job(folder, layout, pattern, method, scales), pattern, dst)
+        job = _job(folder, layout, pattern, method, None)
+        _check_chosen(job, pattern)
+        note = _calibrate.note_beside(dst)
+        scales: Mapping[str, float] | None = None
+        if input_scales is not None:
+            scales = _read_scales(input_scales)
+        elif text is not None:
+            modules = [layout.module(name) for plan in job.plans for name in plan.chosen]
+            scales = _calibrate.input_scales(folder, modules, text, calibration_tokens, note)
+        if scales is not None:
+            job = _job(folder, layout, pattern, method, scales)
+        _run(job, pattern, dst)
+        if text is not None:
+            note.unlink()
 
 
 def _run(job: Job, pattern: re.Pattern[str], dst: Path) -> None:
     """Does what was planned, and says what was done."""
-    src, layout = job.src, job.layout
-    if not any(plan.chosen for plan in job.plans):
-        names = [name for plan in job.plans for name in plan.source.entries]
-        raise FailureError(
-            f"{src}: none of {len(names)} tensors is a {_ranks(layout)} float tensor whose name "
-            f"matches {pattern.pattern!r}; pass --include REGEX"
-            + (f" (the first names are {', '.join(names[:3])})" if names else "")
-        )
+    src = job.src
+    _check_chosen(job, pattern)
     console = err()
     columns = (
         TextColumn("{task.description}"),
@@ -94,6 +106,17 @@ def _run(job: Job, pattern: re.Pattern[str], dst: Path) -> None:
             write.write_file(job, job.plans[0], dst, advance)
             resumed = 0
     _report(console, dst, job, resumed)
+
+
+def _check_chosen(job: Job, pattern: re.Pattern[str]) -> None:
+    """Fails unless there is something to quantise."""
+    if not any(plan.chosen for plan in job.plans):
+        names = [name for plan in job.plans for name in plan.source.entries]
+        raise FailureError(
+            f"{job.src}: none of {len(names)} tensors is a {_ranks(job.layout)} float tensor whose "
+            f"name matches {pattern.pattern!r}; pass --include REGEX"
+            + (f" (the first names are {', '.join(names[:3])})" if names else "")
+        )
 
 
 def _ranks(layout: Layout) -> str:
@@ -350,5 +373,5 @@ def _report(console: Any, dst: Path, job: Job, resumed: int) -> None:
         say(
             console,
             "The activations have no scales, so that the weights alone are declared as FP4; give "
-            "--input-scales for FP4 activations.",
+            "--calibrate TEXT or --input-scales for FP4 activations.",
         )

@@ -13,10 +13,13 @@ from jaxmoe.models._architecture import Experts as Experts
 from jaxmoe.models._architecture import LatentAttention as LatentAttention
 from jaxmoe.models._architecture import Layer as Layer
 from jaxmoe.models._cache import Cache as Cache
+from jaxmoe.models._calibration import calibrated as calibrated
+from jaxmoe.models._calibration import input_amax as input_amax
 from jaxmoe.models._config import DecoderConfig as DecoderConfig
 from jaxmoe.models._decoder import Decoder as Decoder
 from jaxmoe.models._decoder import DecoderAux as DecoderAux
-from jaxmoe.models._evaluation import bits_per_byte as bits_per_byte
+from jaxmoe.models._evaluation import Score as Score
+from jaxmoe.models._evaluation import evaluate as evaluate
 from jaxmoe.models._families import read_config as read_config
 from jaxmoe.models._generation import SEPARATOR as SEPARATOR
 from jaxmoe.models._generation import generate as generate

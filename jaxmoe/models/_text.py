@@ -18,13 +18,18 @@ class Text(Protocol):
     """What turns text into tokens and back.
 
     Attributes:
+      start: the token that stands before a document; None if there is none.
       stop: the tokens that end a text.
     """
 
+    start: int | None
     stop: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text to continue."""
+
+    def encode_document(self, document: bytes) -> list[int]:
+        """The tokens of a whole text in UTF-8 and no others, not even `start`."""
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; U+FFFD for bytes that are no UTF-8."""
@@ -37,11 +42,16 @@ class ByteText:
     ([110, 195, 169], 'né')
     """
 
+    start: int | None = SEPARATOR
     stop = frozenset([SEPARATOR])
 
     def encode(self, text: str) -> list[int]:
         """The bytes; an empty text is a separator, which starts a document."""
         return list(text.encode()) or [SEPARATOR]
+
+    def encode_document(self, document: bytes) -> list[int]:
+        """The bytes."""
+        return list(document)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the bytes."""
@@ -57,6 +67,9 @@ class Tokenizer:
     Args:
       folder: with tokenizer.json; tokenizer_config.json, special_tokens_map.json,
         chat_template.jinja, generation_config.json and config.json are read if they are there.
+
+    A document starts after the token that these files call `bos_token` or `bos_token_id`, and where
+    they name none, after one that ends texts (as in EleutherAI's lm-evaluation-harness).
 
     Raises:
       CheckpointError: if tokenizer.json is missing or damaged.
@@ -89,12 +102,19 @@ class Tokenizer:
             self._template = named.get("default")
         else:
             self._template = given
-        stop: list[Any] = []
-        for values in (_json(folder / "generation_config.json"), _json(folder / "config.json")):
-            ids = values.get("eos_token_id", (values.get("text_config") or {}).get("eos_token_id"))
-            stop += ids if isinstance(ids, list) else [ids]
-        stop.append(self._tokenizer.token_to_id(self._special.get("eos_token", "")))
-        self.stop = frozenset(token for token in stop if token is not None)
+        configs = [_json(folder / name) for name in ("generation_config.json", "config.json")]
+
+        def ids(kind: str) -> list[int]:
+            """What the files say, the tokenizer's own word first."""
+            found: list[Any] = [self._tokenizer.token_to_id(self._special.get(f"{kind}_token", ""))]
+            for values in configs:
+                key = f"{kind}_token_id"
+                value = values.get(key, (values.get("text_config") or {}).get(key))
+                found += value if isinstance(value, list) else [value]
+            return [token for token in found if token is not None]
+
+        self.stop = frozenset(ids("eos"))
+        self.start: int | None = next(iter([*ids("bos"), *ids("eos")]), None)
 
     @property
     def has_chat_template(self) -> bool:
@@ -104,6 +124,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, with what the tokenizer puts around one."""
         return self._tokenizer.encode(text).ids
+
+    def encode_document(self, document: bytes) -> list[int]:
+        """The tokens of a whole text in UTF-8 and no others, not even `start`."""
+        return self._tokenizer.encode(document.decode(), add_special_tokens=False).ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], **values: Any) -> list[int]:
         """The tokens of a conversation, up to where the model's answer begins.

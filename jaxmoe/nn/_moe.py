@@ -428,7 +428,7 @@ class MoE(nnx.Module):
         self.qat = None
 
     def _set_experts(self, experts: ExpertWeights) -> None:
-        """Takes weights of the layer's sizes, in any format."""
+        """Takes weights of the layer's sizes, in any format, with what they declare."""
         plain = experts.format is BF16
         for name in ("gate_up", "down"):
             about = getattr(self, name).get_metadata()
@@ -437,6 +437,10 @@ class MoE(nnx.Module):
         if experts.gate_up_bias is not None and experts.down_bias is not None:
             assign(self.gate_up_bias, experts.gate_up_bias.astype(self.param_dtype))
             assign(self.down_bias, experts.down_bias.astype(self.param_dtype))
+        for name in ("gate_up_input_scale", "down_input_scale"):
+            scale = getattr(experts, name)
+            setattr(self, name, nnx.data(None if scale is None else InputScale(scale)))
+        self.declared_compute = experts.declared_compute
         self.weight_format = experts.format.name
 
     def _prepare(self, variant: str | None) -> None:
