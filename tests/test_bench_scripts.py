@@ -302,8 +302,10 @@ def test_a_step_reads_each_weight_and_the_touched_experts_once(script, synthetic
                 pass
             else:
                 plain += 4 * size * (2 if folder.entry(name).dtype == "U8" else 1)
-    # gate and up have a global scale each, which are one in the layer.
+    # Gate and up have a global scale each, which are one in the layer; so are all input scales of a
+    # product.
     experts -= 3 * 8 * 4
+    plain += 3 * 2 * 4
     cache = 3 * 2 * 2 * 32 * 4  # layers, key and value, heads, features, bytes
     for batch, touched in ((1, 2 / 8), (3, 1 - (6 / 8) ** 3)):
         expected = plain + touched * experts + batch * 10 * cache
