@@ -257,18 +257,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.new % _STRIDE or given.new < 3 * _STRIDE:
         sys.exit(f"--new must be a multiple of {_STRIDE}, at least {3 * _STRIDE}, got {given.new}")
     console = Console(width=120)
-    model, loaded = load(given.folder, warm=given.warm)
-    bandwidth = measure_machine(megabytes=64, matrix_size=256).bandwidth
     given.results.mkdir(parents=True, exist_ok=True)
     path = given.results / f"{benchmark.device_slug(benchmark.device_name())}.json"
+
+    def record(row: dict[str, Any]) -> None:
+        console.print(row)
+        benchmark.append_rows(path, [benchmark.origin(benchmark.device_name()) | row])
+
+    model, loaded = load(given.folder, warm=given.warm)
+    record(loaded)
+    about = {"model": loaded["model"], "kernels": loaded["kernels"]}
     batches = given.batch or (1, 64)
-    loaded["compile_s"] = _digits(compile_all(model, batches, given.prompt, given.new))
-    console.print(loaded)
+    about["compile_s"] = _digits(compile_all(model, batches, given.prompt, given.new))
+    bandwidth = measure_machine(megabytes=64, matrix_size=256).bandwidth
     for batch in batches:
-        measured = measure(model, batch, given.prompt, given.new, bandwidth)
-        console.print(measured)
-        row = benchmark.origin(benchmark.device_name()) | loaded | measured
-        benchmark.append_rows(path, [row])
+        record(about | measure(model, batch, given.prompt, given.new, bandwidth))
         if given.profile:
             profile(model, batch, given.prompt, given.new, console)
 
