@@ -1,13 +1,18 @@
 """The scripts under benchmarks/: what they make of rows and of a profiler's events."""
 
 import json
+import math
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxmoe import benchmark, kernels
+import jaxmoe
+from jaxmoe import benchmark, kernels, models
+from jaxmoe.checkpoint import open_folder
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 DEVICE = "NVIDIA H100 80GB HBM3"
@@ -232,3 +237,126 @@ def test_prepare_of_canonical_weights_is_refused(script, monkeypatch):
     monkeypatch.setattr(prepare.kernels, "select", lambda problem: select(problem, "xla"))
     with pytest.raises(ValueError, match=r"xla is selected here.*nothing to prepare"):
         prepare.measure(benchmark.TINY, "nvfp4")
+
+
+# --- synthetic checkpoints, and generating from them ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "nbytes"),
+    [
+        ("qwen3-30b-a3b-nvfp4", 30_532_122_624, 18_087_458_304),
+        ("gpt-oss-20b", 20_914_757_184, 13_761_264_768),
+    ],
+)
+def test_synthetic_checkpoints_have_the_published_number_of_parameters(
+    script, model, parameters, nbytes
+):
+    """As the model cards and the indices of the published folders count them."""
+    _, _, tensors = script("synthetic_checkpoint").MODELS[model]()
+    count = 0
+    for tensor in tensors:
+        if tensor.kind not in ("e4m3", "e8m0") and tensor.dtype != "F32":  # those are scales
+            count += math.prod(tensor.shape) * (2 if tensor.kind == "elements" else 1)
+    assert count == parameters
+    assert sum(tensor.nbytes for tensor in tensors) == nbytes
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    """Small folders by model, as the script writes them."""
+    root = tmp_path_factory.mktemp("synthetic")
+    for model in ("qwen3-30b-a3b-nvfp4", "gpt-oss-20b"):
+        command = [sys.executable, str(SCRIPTS / "synthetic_checkpoint.py"), model]
+        command += [str(root / model), "--layers", "3", "--small"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(str(root / model))
+    return root
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b-nvfp4", "gpt-oss-20b"])
+def test_synthetic_weights_keep_activations_at_their_size(synthetic, model):
+    """Every matrix has deviation 1/sqrt(fan-in); of MXFP4 as near as powers of two come to it."""
+    with open_folder(synthetic / model) as folder:
+        config = folder.config
+        experts = folder.experts("model.layers.1.mlp.experts", num_experts=8, dtype=np.float32)
+        weights = [experts.gate_up, experts.down]
+        weights.append(folder.linear("model.layers.2.self_attn.o_proj"))
+        weights.append(folder.linear("lm_head"))
+        assert folder.scheme.compute == ("w4a4" if "qwen3" in model else None)
+    for weight in weights:
+        off = 1.03
+        if isinstance(weight, jaxmoe.QuantizedTensor):
+            off *= math.sqrt(2) if weight.format.name == "mxfp4" else 1
+            weight = jaxmoe.dequantize(weight)
+        values = np.asarray(weight).astype(np.float64)
+        assert 1 / off < values.std() * math.sqrt(values.shape[-1]) < off
+        assert abs(values.mean()) < 0.05 * values.std()
+    assert config["num_hidden_layers"] == 3
+
+
+def test_synthetic_checkpoints_go_into_empty_folders_alone(script, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="must be empty; name another"):
+        script("synthetic_checkpoint").write("gpt-oss-20b", tmp_path, layers=1, small=True)
+
+
+def test_a_byte_tokenizer(synthetic):
+    pytest.importorskip("tokenizers", reason="needs the text extra")
+    text = models.Tokenizer(synthetic / "gpt-oss-20b")
+    tokens = text.encode("né\n\0 x")
+    assert tokens == list("né\n\0 x".encode())
+    assert text.decode(tokens) == "né\n\0 x"
+    assert text.decode([65, 300]) == "A"  # beyond the bytes there is no text
+    assert text.stop == {256}
+
+
+def test_generating_is_measured(script, synthetic, tmp_path, capsys):
+    generate = script("generate")
+    folder = str(synthetic / "gpt-oss-20b")
+    arguments = ["--batch", "2", "--prompt", "5", "--new", "48", "--results", str(tmp_path)]
+    generate.main([folder, *arguments])
+    (path,) = tmp_path.glob("*.json")
+    load, speed = benchmark.read_rows(path)
+    for row in (load, speed):
+        assert row["model"] == "gpt_oss, 3 layers"
+        assert sum(row["kernels"].values()) == 3
+    assert load["file_bytes"] > 700_000
+    assert load["load_s"] > 0
+    assert load["load_device_bytes"] is None  # a CPU does not say
+    assert (speed["batch"], speed["prompt"], speed["new"]) == (2, 5, 48)
+    for key in ("compile_s", "prefill_tokens_per_s", "decode_tokens_per_s", "floor_ms"):
+        assert speed[key] > 0, key
+    with pytest.raises(SystemExit, match="multiple of 16"):
+        generate.main([folder, "--new", "20"])
+
+
+def test_a_step_reads_each_weight_and_the_touched_experts_once(script, synthetic):
+    """Against a sum over the tensors of the folder."""
+    generate = script("generate")
+    model = models.load_pretrained(synthetic / "qwen3-30b-a3b-nvfp4", prepare=False)
+    with open_folder(synthetic / "qwen3-30b-a3b-nvfp4") as folder:
+        plain = experts = 0
+        for name in folder.names:
+            size = math.prod(folder.entry(name).shape)
+            if ".experts." in name:
+                experts += 0 if name.endswith("input_scale") else folder.entry(name).nbytes
+            elif name.endswith((".weight_scale", "_scale_2", "input_scale", "embed_tokens.weight")):
+                pass
+            else:
+                plain += 4 * size * (2 if folder.entry(name).dtype == "U8" else 1)
+    # Gate and up have a global scale each, which are one in the layer; so are all input scales of a
+    # product.
+    experts -= 3 * 8 * 4
+    plain += 3 * 2 * 4
+    cache = 3 * 2 * 2 * 32 * 4  # layers, key and value, heads, features, bytes
+    for batch, touched in ((1, 2 / 8), (3, 1 - (6 / 8) ** 3)):
+        expected = plain + touched * experts + batch * 10 * cache
+        assert generate.step_bytes(model, batch, 10) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kernels_of_a_step_are_summed(script):
+    generate = script("generate")
+    event = generate.Event
+    events = [event(0, 2000, "a_fusion_12"), event(9, 4000, "a_fusion_3_1"), event(5, 1000, "b")]
+    assert generate.by_kernel(events, 2) == [("a_fusion", 1.0, 3.0), ("b", 0.5, 0.5)]

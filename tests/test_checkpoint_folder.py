@@ -36,7 +36,7 @@ from folders import (
 
 import jaxmoe
 from jaxmoe import checkpoint
-from jaxmoe.checkpoint import CheckpointError, open_folder
+from jaxmoe.checkpoint import CheckpointError, _experts, open_folder
 
 GATE, UP, DOWN = SHAPES
 
@@ -449,6 +449,57 @@ def test_files_that_the_index_does_not_name_are_ignored(tmp_path):
     checkpoint.save(tmp_path / "consolidated.safetensors", {"tok": np.zeros(3)})
     with open_folder(tmp_path) as folder:
         assert "tok" not in folder
+
+
+# --- reading ahead, as for a device that is not the host ------------------------------------------
+
+
+@pytest.fixture
+def read_ahead(monkeypatch):
+    """Groups of experts of these sizes as threads read them."""
+    groups = []
+    original = _experts._read_ahead
+
+    def ahead(read, experts, size, on_host):
+        assert on_host
+        for group, part in original(read, experts, size, on_host=False):
+            groups.append(list(group))
+            yield group, part
+
+    monkeypatch.setattr(_experts, "_read_ahead", ahead)
+    return groups
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 100])
+def test_reading_ahead_gives_the_same_bits(tmp_path, monkeypatch, read_ahead, most):
+    """Also where gate and up have two global scales, which takes JAX in the threads."""
+    tensors = modelopt(lambda e, name: 0.3 if (e, name) == (1, UP) else 1.0)
+    with open_folder(write(tmp_path, tensors, MODELOPT)) as folder:
+        monkeypatch.setattr(_experts, "_GROUP", 0)
+        one = folder.load_experts(PREFIX, num_experts=E)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(one.weights)) // E
+        assert read_ahead == [[e] for e in range(1, E)]
+        read_ahead.clear()
+        monkeypatch.setattr(_experts, "_GROUP", most * size)
+        several = folder.load_experts(PREFIX, num_experts=E)
+    step = {0: 1, 1: 1, 2: 2, 3: 2, 100: 64}[most]
+    assert read_ahead == [list(range(e, min(e + step, E))) for e in range(1, E, step)]
+    assert jax.tree.structure(one.weights) == jax.tree.structure(several.weights)
+    for a, b in zip(jax.tree.leaves(one.weights), jax.tree.leaves(several.weights), strict=True):
+        np.testing.assert_array_equal(bits(a), bits(b))
+    assert one.report is not None
+    np.testing.assert_array_equal(one.report.max_error, several.report.max_error)
+    assert np.nonzero(one.report.max_error)[0].tolist() == [1]
+
+
+def test_an_error_in_a_thread_is_the_readers(tmp_path, read_ahead):
+    tensors = modelopt()
+    tensors[f"{PREFIX}.2.{DOWN}.weight_scale"].view(np.uint8)[0, 0] = 0x7F
+    with (
+        open_folder(write(tmp_path, tensors, MODELOPT)) as folder,
+        pytest.raises(CheckpointError, match=rf"experts\.2\.{DOWN}.*scales NaN"),
+    ):
+        folder.experts(PREFIX, num_experts=E)
 
 
 # --- memory and meshes --------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_a_model_that_knows_nothing(model):
     """log 48 for each token; an empty document has none."""
     blank = nnx.merge(*nnx.split(model))
     blank.head = nnx.clone(model.head)
-    blank.head.kernel[...] = jnp.zeros_like(model.head.kernel[...])
+    blank.head.weight[...] = jnp.zeros_like(model.head.weight[...])
     score = models.evaluate(blank, [b"", bytes(range(40)), bytes(5)])
     assert [one.tokens for one in score.documents] == [0, 40, 5]
     assert score.perplexity == pytest.approx(48, rel=1e-6)

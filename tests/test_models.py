@@ -14,7 +14,8 @@ from flax import nnx
 from jaxmoe import checkpoint, models
 from jaxmoe import nn as moe_nn
 from jaxmoe.models import DecoderConfig, Rope, Sampling, _generation, _rope, _sampling
-from jaxmoe.models._cache import Place
+from jaxmoe.models._cache import Place, RingCache, SlotCache
+from jaxmoe.models._structure import split
 
 CONFIG = DecoderConfig(
     hidden_size=64,
@@ -148,7 +149,7 @@ def attention_oracle(layer, x):
     b, t, _ = x.shape
 
     def heads(linear, n):
-        return (x @ np.asarray(linear.kernel[...], np.float64)).reshape(b, t, n, c.head_dim)
+        return (x @ np.asarray(linear.weight[...], np.float64).T).reshape(b, t, n, c.head_dim)
 
     def norm(z, rms):
         z = z / np.sqrt((z**2).mean(-1, keepdims=True) + c.norm_eps)
@@ -163,7 +164,7 @@ def attention_oracle(layer, x):
         score = k[i, : s + 1, n // group] @ q[i, s, n] / math.sqrt(c.head_dim)
         p = np.exp(score - score.max())
         out[i, s, n] = p / p.sum() @ v[i, : s + 1, n // group]
-    return out.reshape(b, t, -1) @ np.asarray(layer.out.kernel[...], np.float64)
+    return out.reshape(b, t, -1) @ np.asarray(layer.out.weight[...], np.float64).T
 
 
 def test_attention_matches_numpy(unquantized):
@@ -257,6 +258,85 @@ def test_gradients_reach_every_parameter(unquantized):
     gradients = jax.jit(jax.grad(loss))(state)
     for path, g in nnx.to_flat_state(gradients):
         assert float(jnp.abs(g[...]).max()) > 0, path
+
+
+LENGTHS = (19, 26, 8)  # of three texts, read in parts that a window does not divide
+PARTS = ((7, 9, 1), (1, 0, 1), (1, 1, 1), (6, 12, 2), (1, 1, 1), (1, 1, 0), (1, 1, 1), (1, 1, 1))
+
+
+def windowed(q, k, v, sinks, sees):
+    """Attention of one text in float64, head by head; `sees(p)` are the positions that p sees."""
+    out = np.zeros(q.shape)
+    for p, head in itertools.product(range(len(q)), range(q.shape[1])):
+        group = head * k.shape[1] // q.shape[1]
+        seen = [j for j in sees(p) if j >= 0]
+        scores = k[seen, group] @ q[p, head] / math.sqrt(q.shape[-1])
+        top = max(scores.max(), -np.inf if sinks is None else sinks[head])
+        weight = np.exp(scores - top)
+        total = weight.sum() + (0 if sinks is None else np.exp(sinks[head] - top))
+        out[p, head] = weight @ v[seen, group] / total
+    return out
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("name", "size"), [("window", 5), ("window", 1), ("chunk", 4)])
+def test_a_ring_keeps_what_a_window_sees(name, size, sinks):
+    """Of three texts read in parts, also parts that are longer than the ring, with padding."""
+    config = models.Attention(4, 2, 8, None, **{name: size}, sinks=sinks)
+    layer = models._attention.Attention(
+        config, 16, norm_eps=1e-6, out_init=nnx.initializers.zeros, implementation=None,
+        dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=4).astype(np.float32) if sinks else None
+    if sinks:
+        layer.sinks[...] = jnp.asarray(scores)
+    texts = [
+        tuple(rng.normal(size=(n, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+        for n in LENGTHS
+    ]
+    ring = layer.init_cache(2, len(texts), max(LENGTHS), jnp.float32)
+    assert isinstance(ring, RingCache)
+    assert ring.arrays[0].shape == (2, 3, 2, size + sinks, 8)
+    whole = (jnp.zeros((2, 3, 2, max(LENGTHS) + sinks, 8)),) * 2
+    caches = [ring, SlotCache(whole, int(sinks))]
+    got = [[[] for _ in texts] for _ in caches]
+    attend = jax.jit(layer._attend)
+    read = np.zeros(len(texts), np.int32)
+    for counts in PARTS:
+        width = max(counts)
+        place = Place(read[:, None] + np.arange(width, dtype=np.int32), np.array(counts, np.int32))
+        parts = [np.full((len(texts), width, heads, 8), 9.0, np.float32) for heads in (4, 2, 2)]
+        for row, count in enumerate(counts):
+            for part, text in zip(parts, texts[row], strict=True):
+                part[row, :count] = text[read[row] : read[row] + count]
+        for number, cache in enumerate(caches):
+            out, caches[number] = attend(*parts, place, cache, 1)
+            for row, count in enumerate(counts):
+                got[number][row].append(np.asarray(out)[row, :count])
+        read += counts
+    assert read.tolist() == list(LENGTHS)
+    assert not np.any(caches[0].arrays[0][0])  # the other layer's
+
+    def sees(p):
+        return range(p - size + 1, p + 1) if name == "window" else range(p // size * size, p + 1)
+
+    for row, text in enumerate(texts):
+        expected = windowed(*(a.astype(np.float64) for a in text), scores, sees)
+        for rows in got:
+            np.testing.assert_allclose(np.concatenate(rows[row]), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_a_ring_is_for_windows_shorter_than_the_text():
+    config = models.Attention(4, 2, 8, None, window=16)
+    layer = nnx.eval_shape(
+        lambda: models._attention.Attention(
+            config, 16, norm_eps=1e-6, out_init=nnx.initializers.zeros, implementation=None,
+            dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0),
+        )
+    )  # fmt: skip
+    assert isinstance(layer.init_cache(1, 1, 16, jnp.float32), SlotCache)
+    assert isinstance(layer.init_cache(1, 1, 17, jnp.float32), RingCache)
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -373,16 +453,30 @@ def test_text_does_not_depend_on_the_stride(model):
 
 
 def test_cache_is_donated(model):
-    graph, state = nnx.split(model)
-    empty, logits = _generation._start(graph, state, 1, 96)
+    structure, arrays = split(model)
+    empty, logits = _generation._start(structure, arrays, 1, 96)
     cache, logits = _generation._read(
-        graph, state, empty, logits, np.zeros((1, 64), np.int32), np.int32([5])
+        structure, arrays, empty, logits, np.zeros((1, 64), np.int32), np.int32([5])
     )
     assert cache.length.tolist() == [5]
-    new, _, _ = _generation._draw(graph, GREEDY, 4, state, cache, logits, np.uint32(0))
+    new, _, _ = _generation._draw(structure, GREEDY, 4, arrays, cache, logits, np.uint32(0))
     for old in (empty, cache):
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert new.length.tolist() == [9]
+
+
+def test_models_of_one_structure_share_their_programs(model, unquantized):
+    first, arrays = split(model)
+    second, again = split(copied(model))
+    assert first is not second
+    assert (first, hash(first)) == (second, hash(second))
+    assert all(a is b for a, b in zip(arrays, again, strict=True))
+    assert first != split(filled(CONFIG, seed=1).layers[0])[0]
+    assert first != 0
+    _generation._start(first, arrays, 1, 64)
+    compiled = _generation._start._cache_size()
+    _generation._start(second, again, 1, 64)
+    assert _generation._start._cache_size() == compiled
 
 
 def test_only_byte_level_models_write():
@@ -406,7 +500,7 @@ def test_folder_has_the_shared_part_once(folder):
     assert models.available_formats(folder) == ("nvfp4", "mxfp4", "bf16")
     names = checkpoint.load(folder / "decoder.safetensors").keys()
     assert not any("gate_up" in name or "down" in name for name in names)
-    assert {"embed.embedding", "layers.0.moe.router", "layers.1.attention.out.kernel"} <= names
+    assert {"embed.embedding", "layers.0.moe.router", "layers.1.attention.out.weight"} <= names
 
 
 def test_saving_again_writes_the_same_bytes(folder, tmp_path):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import abc
+import bisect
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,13 @@ if TYPE_CHECKING:
     from jaxmoe.checkpoint._folder import Folder, Weight
 
 _LOG = logging.getLogger("jaxmoe")
+
+# What is read ahead for a device that is not the host, by each of the threads: as many experts as
+# fit into these bytes, but at least one.
+_GROUP = 16 * 2**20
+_THREADS = 6
+
+_Read: TypeAlias = "tuple[list[np.ndarray], list[UnifyReport | None]]"
 
 FUSED_ORDER = {
     "gpt_oss": (True, True),
@@ -94,34 +104,106 @@ def _stream(source: _Source, sharding: Sharding | None) -> LoadedExperts:
             f"sharding must split the experts' axis alone, got {sharding.spec}; use "
             "NamedSharding(mesh, PartitionSpec(axis))"
         )
-    stacks: Any = None
-    example: list[tuple[Any, ...]] = []
     max_error = np.zeros(count, np.float32)
     relative_l2 = np.zeros(count, np.float32)
     unified = False
-    for e in _local_experts(sharding, count):
-        expert, report = source.expert(e)
-        kinds = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expert)]
-        if stacks is None:
-            first, example = e, kinds
-            structure = jax.tree.structure(expert)
-            stacks = jax.tree.map(lambda leaf: _Stack(count, leaf, sharding), expert)
-        elif (jax.tree.structure(expert), kinds) != (structure, example):
-            raise CheckpointError(
-                source.folder.path,
-                f"expert {e} of {source.prefix!r} differs from expert {first} in its shapes, "
-                "formats or biases; all experts of a layer must be alike",
-            )
-        for stack, leaf in zip(jax.tree.leaves(stacks), jax.tree.leaves(expert), strict=True):
-            stack.put(e, leaf)
+    first, *others = _local_experts(sharding, count)
+    example, report = source.expert(first)
+    leaves, structure = jax.tree.flatten(example)
+    kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
+    stacks = _Stacks(count, leaves, sharding)
+
+    def read(experts: Sequence[int]) -> tuple[list[np.ndarray], list[UnifyReport | None]]:
+        """Some experts' leaves, stacked."""
+        parts, reports = [], []
+        for e in experts:
+            expert, report = source.expert(e)
+            leaves = jax.tree.leaves(expert)
+            found = [(leaf.shape, leaf.dtype) for leaf in leaves]
+            if (jax.tree.structure(expert), found) != (structure, kinds):
+                raise CheckpointError(
+                    source.folder.path,
+                    f"expert {e} of {source.prefix!r} differs from expert {first} in its shapes, "
+                    "formats or biases; all experts of a layer must be alike",
+                )
+            parts.append(leaves)
+            reports.append(report)
+        return [_stacked(part) for part in zip(*parts, strict=True)], reports
+
+    reports = [(first, report)]
+    stacks.put(first, [leaf[None] for leaf in leaves])
+    size = sum(leaf.nbytes for leaf in leaves)
+    del example, leaves
+    for experts, (part, found) in _read_ahead(read, others, size, stacks.on_host):
+        stacks.put(experts[0], part)
+        del part
+        reports += zip(experts, found, strict=True)
+    for e, report in reports:
         if report is not None:
             unified = True
             max_error[e], relative_l2[e] = report.max_error, report.relative_l2
-    weights = source.declare(jax.tree.map(lambda stack: stack.result(), stacks), sharding)
+    weights = source.declare(jax.tree.unflatten(structure, stacks.result()), sharding)
     report = UnifyReport(max_error, relative_l2) if unified else None
     if report is not None:
         _LOG.warning("%s: %s: %s", source.folder.path, source.prefix, report)
     return LoadedExperts(weights, report)
+
+
+def _stacked(leaves: Sequence[np.ndarray]) -> np.ndarray:
+    return leaves[0][None] if len(leaves) == 1 else np.stack(leaves)
+
+
+def _read_ahead(
+    read: Callable[[Sequence[int]], _Read], experts: Sequence[int], size: int, on_host: bool
+) -> Iterator[tuple[Sequence[int], _Read]]:
+    """Yields (neighbouring experts, what `read` makes of them), in order.
+
+    Where the device is the host: one expert at a time, which is read when it is asked for.
+    Elsewhere several at a time, some of them read ahead by threads.
+
+    Args:
+      read: reads experts.
+      experts: all of them, sorted.
+      size: bytes of an expert.
+      on_host: whether the device is the host.
+    """
+    if on_host:
+        for e in experts:
+            yield (e,), read((e,))
+        return
+    most = 1 << max(0, (_GROUP // max(1, size)).bit_length() - 1)
+    config: Any = jax.config
+    device = config.jax_default_device  # which threads do not inherit
+
+    def work(group: Sequence[int]) -> _Read:
+        with jax.default_device(device):
+            return read(group)
+
+    pool = ThreadPoolExecutor(_THREADS)
+    waiting: deque[tuple[Sequence[int], Future[_Read]]] = deque()
+    try:
+        for group in _groups(experts, most):
+            waiting.append((group, pool.submit(work, group)))
+            if len(waiting) > _THREADS:
+                ready, future = waiting.popleft()
+                yield ready, future.result()
+                del future
+        while waiting:
+            ready, future = waiting.popleft()
+            yield ready, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _groups(experts: Sequence[int], most: int) -> Iterator[Sequence[int]]:
+    """Neighbours, at most so many."""
+    start = 0
+    for i, e in enumerate(experts):
+        if i - start == most or (i > start and e != experts[i - 1] + 1):
+            yield experts[start:i]
+            start = i
+    if start < len(experts):
+        yield experts[start:]
 
 
 def _local_experts(sharding: Sharding | None, count: int) -> list[int]:
@@ -138,38 +220,61 @@ def _owned(sharding: Sharding | None, shape: tuple[int, ...]) -> dict[Any, range
     }
 
 
-class _Stack:
-    """One array `[E, ...]` over the devices of a sharding, filled expert by expert."""
+class _Stacks:
+    """Arrays `[E, ...]` over the devices of a sharding, filled some experts at a time.
 
-    def __init__(self, count: int, leaf: np.ndarray, sharding: Sharding | None):
-        self.shape = (count, *leaf.shape)
+    Attributes:
+      on_host: whether a device is the host.
+    """
+
+    def __init__(self, count: int, leaves: Sequence[np.ndarray], sharding: Sharding | None):
+        self.shapes = [(count, *leaf.shape) for leaf in leaves]
         self.sharding = sharding
-        self.parts: dict[Any, tuple[range, jax.Array]] = {
-            device: (owned, jnp.zeros((len(owned), *leaf.shape), leaf.dtype, device=device))
-            for device, owned in _owned(sharding, self.shape).items()
+        self.parts: dict[Any, tuple[range, list[jax.Array]]] = {
+            device: (
+                owned,
+                [jnp.zeros((len(owned), *a.shape), a.dtype, device=device) for a in leaves],
+            )
+            for device, owned in _owned(sharding, (count,)).items()
         }
+        self.on_host = any(
+            device.platform == "cpu" for _, a in self.parts.values() for device in a[0].devices()
+        )
 
-    def put(self, e: int, leaf: np.ndarray) -> None:
-        for device, (owned, buffer) in self.parts.items():
-            if e in owned:
-                value = jax.device_put(leaf, device)
-                at = jax.device_put(np.int32(e - owned.start), device)
-                # Awaited, so that no more than one expert is ever on its way.
-                self.parts[device] = owned, _set(buffer, value, at).block_until_ready()
+    def put(self, e: int, leaves: Sequence[np.ndarray]) -> None:
+        """Puts experts from `e` on, leaves `[experts, ...]`, where they belong."""
+        for device, (owned, buffers) in self.parts.items():
+            start, stop = max(e, owned.start), min(e + len(leaves[0]), owned.stop)
+            if start < stop:
+                mine = [leaf[start - e : stop - e] for leaf in leaves]
+                values, at = jax.device_put((mine, np.int32(start - owned.start)), device)
+                buffers = _set(buffers, values, at)
+                # Awaited, so that the host holds no more than what was read ahead.
+                jax.block_until_ready(buffers if self.on_host else values)
+                self.parts[device] = owned, buffers
 
-    def result(self) -> jax.Array:
-        buffers = [buffer for _, buffer in self.parts.values()]
+    def result(self) -> list[jax.Array]:
+        """The arrays."""
+        columns = zip(*(buffers for _, buffers in self.parts.values()), strict=True)
         if self.sharding is None:  # as from jnp.asarray: not committed to the device
-            return buffers[0]
-        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, buffers)
+            return [column[0] for column in columns]
+        return [
+            jax.make_array_from_single_device_arrays(shape, self.sharding, list(column))
+            for shape, column in zip(self.shapes, columns, strict=True)
+        ]
 
 
 @partial(jax.jit, donate_argnums=0)
-def _set(buffer: jax.Array, value: jax.Array, at: jax.Array) -> jax.Array:
-    # As unsigned integers: XLA's CPU backend converts the whole of a narrow float array otherwise.
-    bits = jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
-    old, new = (lax.bitcast_convert_type(array, bits) for array in (buffer, value))
-    return lax.bitcast_convert_type(lax.dynamic_update_index_in_dim(old, new, at, 0), buffer.dtype)
+def _set(buffers: list[jax.Array], values: list[jax.Array], at: jax.Array) -> list[jax.Array]:
+    def put(buffer: jax.Array, value: jax.Array) -> jax.Array:
+        # As unsigned integers: XLA's CPU backend converts the whole of a narrow float array
+        # otherwise.
+        bits = jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
+        old, new = (lax.bitcast_convert_type(array, bits) for array in (buffer, value))
+        put = lax.dynamic_update_slice_in_dim(old, new, at, 0)
+        return lax.bitcast_convert_type(put, buffer.dtype)
+
+    return list(map(put, buffers, values))
 
 
 @dataclass(frozen=True)
@@ -277,10 +382,11 @@ class _Separate(_Source):
     down: str
 
     def __post_init__(self) -> None:
+        names = self.folder.names  # sorted
+        start, end = (bisect.bisect_left(names, self.prefix + mark) for mark in "./")
         present = {
             int(number)
-            for name in self.folder.names
-            if name.startswith(f"{self.prefix}.")
+            for name in names[start:end]
             for number in [name[len(self.prefix) + 1 :].partition(".")[0]]
             if number.isdecimal()
         }

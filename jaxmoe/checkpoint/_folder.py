@@ -342,9 +342,11 @@ class Folder:
 
         >>> folder.experts("model.layers.0.mlp.experts", num_experts=128)      # doctest: +SKIP
 
-        One expert at a time is read and put where it belongs. The peak of host memory is that
-        expert, once as read and once joined or on its way (measured: under three experts' bytes),
-        and the result where the device is the host; with `quantize`, one expert in f32 as well.
+        Experts are read and put where they belong. Where the device is the host, that is one at a
+        time: the peak of memory is the result and that expert, once as read and once joined or on
+        its way (measured: under three experts' bytes). Elsewhere threads read ahead of the device,
+        as many experts each as fit into 16 MiB, but at least one. With `quantize`, each expert that
+        is being read is there in f32 as well.
 
         Args:
           prefix: the name before the experts' numbers, `<prefix>.<e>.<name>.weight`, or before the

@@ -9,21 +9,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.models import _architecture as architecture
-from jaxmoe.models._cache import Place, SlotCache
+from jaxmoe.models._cache import Place, RingCache, SlotCache
+from jaxmoe.models._linear import Linear
 from jaxmoe.models._rope import rotate
 
 Implementation: TypeAlias = Literal["xla", "cudnn"] | None
 
 
-def visible(
-    position: jax.Array, slots: int, window: int | None, chunk: int | None, lead: int
-) -> jax.Array:
-    """`bool[B, 1, T, slots]`: which slots the tokens at `position[B, T]` may look at.
+def visible(query: jax.Array, key: jax.Array, window: int | None, chunk: int | None) -> jax.Array:
+    """`bool[B, 1, T, slots]`: which slots, of positions `key[B, slots]`, tokens may look at.
 
-    Slot `lead + p` holds position p; all look at the slots before `lead`.
+    The tokens are at `query[B, T]`; all of them look at slots with a position below 0.
     """
-    query = position[:, None, :, None]
-    key = jnp.arange(slots, dtype=jnp.int32) - lead
+    query, key = query[:, None, :, None], key[:, None, None, :]
     seen = key <= query
     if window is not None:
         seen &= key > query - window
@@ -63,10 +61,10 @@ class Attention(nnx.Module):
         self.implementation = implementation
         queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.query = nnx.Linear(hidden_size, queries * (1 + c.gated), use_bias=c.bias, **options)
-        self.key = nnx.Linear(hidden_size, keys, use_bias=c.bias, **options)
-        self.value = nnx.Linear(hidden_size, keys, use_bias=c.bias, **options)
-        self.out = nnx.Linear(
+        self.query = Linear(hidden_size, queries * (1 + c.gated), use_bias=c.bias, **options)
+        self.key = Linear(hidden_size, keys, use_bias=c.bias, **options)
+        self.value = Linear(hidden_size, keys, use_bias=c.bias, **options)
+        self.out = Linear(
             queries, hidden_size, kernel_init=out_init, use_bias=c.out_bias, **options
         )
 
@@ -79,15 +77,21 @@ class Attention(nnx.Module):
         self.query_norm, self.key_norm = norm(queries), norm(keys)
         self.sinks = nnx.data(nnx.Param(jnp.zeros(c.num_heads, param_dtype)) if c.sinks else None)
 
-    def init_cache(self, layers: int, batch: int, length: int, dtype: Any) -> SlotCache:
+    def init_cache(self, layers: int, batch: int, length: int, dtype: Any) -> SlotCache | RingCache:
         """An empty cache."""
         c = self.config
-        shape = (layers, batch, c.num_kv_heads, length + c.sinks, c.head_dim)
-        return SlotCache((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+        slots = min(length, c.window or length, c.chunk or length)
+        shape = (layers, batch, c.num_kv_heads, slots + c.sinks, c.head_dim)
+        make = RingCache if slots < length else SlotCache
+        return make((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), int(c.sinks))
 
     def __call__(
-        self, x: jax.Array, place: Place, cache: SlotCache | None, layer: jax.Array | int
-    ) -> tuple[jax.Array, SlotCache | None]:
+        self,
+        x: jax.Array,
+        place: Place,
+        cache: SlotCache | RingCache | None,
+        layer: jax.Array | int,
+    ) -> tuple[jax.Array, SlotCache | RingCache | None]:
         """`x[B, T, H]`, where it stands, cache, which layer of it -> `[B, T, H]`, cache."""
         c = self.config
         b, t, _ = x.shape
@@ -124,21 +128,24 @@ class Attention(nnx.Module):
         k: jax.Array,
         v: jax.Array,
         place: Place,
-        cache: SlotCache | None,
+        cache: SlotCache | RingCache | None,
         layer: jax.Array | int,
-    ) -> tuple[jax.Array, SlotCache | None]:
+    ) -> tuple[jax.Array, SlotCache | RingCache | None]:
         c = self.config
         if cache is not None:
-            cache, (k, v) = cache.write(layer, place.position + c.sinks, (k, v))
+            cache, (k, v), key = cache.extend(layer, place, (k, v))
             # The cache's layout is the one in which products read it: nothing long is transposed.
             k, v = k.swapaxes(1, 2).astype(q.dtype), v.swapaxes(1, 2).astype(q.dtype)
         elif not (c.window or c.chunk or c.sinks):
             return jax.nn.dot_product_attention(
                 q, k, v, is_causal=True, implementation=self.implementation
             ), None
-        elif c.sinks:
-            k, v = (jnp.pad(a, ((0, 0), (1, 0), (0, 0), (0, 0))) for a in (k, v))
-        mask = visible(place.position, k.shape[1], c.window, c.chunk, int(c.sinks))
+        else:
+            key = place.position
+            if c.sinks:
+                k, v = (jnp.pad(a, ((0, 0), (1, 0), (0, 0), (0, 0))) for a in (k, v))
+                key = jnp.pad(key, ((0, 0), (1, 0)), constant_values=-1)
+        mask = visible(place.position, key, c.window, c.chunk)
         bias = None
         if self.sinks is not None:
             # Slot 0 has key and value zero: its score is its bias, and it adds nothing.
@@ -178,19 +185,17 @@ class LatentAttention(nnx.Module):
         queries = c.num_heads * (c.nope_dim + c.rope.dim)
         if c.q_rank is None:
             self.query_down = self.query_norm = nnx.data(None)
-            self.query = nnx.Linear(hidden_size, queries, use_bias=False, **options)
+            self.query = Linear(hidden_size, queries, use_bias=False, **options)
         else:
-            self.query_down = nnx.data(
-                nnx.Linear(hidden_size, c.q_rank, use_bias=c.bias, **options)
-            )
+            self.query_down = nnx.data(Linear(hidden_size, c.q_rank, use_bias=c.bias, **options))
             self.query_norm = nnx.data(rms_norm(c.q_rank, 1e-6, dtype, rngs))
-            self.query = nnx.Linear(c.q_rank, queries, use_bias=False, **options)
-        self.latent = nnx.Linear(hidden_size, c.kv_rank + c.rope.dim, use_bias=c.bias, **options)
+            self.query = Linear(c.q_rank, queries, use_bias=False, **options)
+        self.latent = Linear(hidden_size, c.kv_rank + c.rope.dim, use_bias=c.bias, **options)
         self.latent_norm = rms_norm(c.kv_rank, 1e-6, dtype, rngs)
-        self.expand = nnx.Linear(
+        self.expand = Linear(
             c.kv_rank, c.num_heads * (c.nope_dim + c.value_dim), use_bias=False, **options
         )
-        self.out = nnx.Linear(
+        self.out = Linear(
             c.num_heads * c.value_dim, hidden_size, kernel_init=out_init, use_bias=c.bias, **options
         )
 
@@ -213,14 +218,15 @@ class LatentAttention(nnx.Module):
         value = self.latent_norm(latent[..., : c.kv_rank])
         rotated = rotate(latent[..., c.kv_rank :], place.position, c.rope)
         key = jnp.concatenate([value, rotated], axis=-1)
+        position = place.position
         if cache is not None:
-            cache, (key,) = cache.write(layer, place.position, (key,))
+            cache, (key,), position = cache.extend(layer, place, (key,))
             key = key.swapaxes(1, 2).astype(q.dtype)
 
-        expand = self.expand.kernel[...].astype(q.dtype)
-        expand = expand.reshape(c.kv_rank, c.num_heads, c.nope_dim + c.value_dim)
-        to_key, to_value = jnp.split(expand, [c.nope_dim], axis=-1)
-        q_latent = jnp.einsum("btnd,cnd->btnc", q[..., : c.nope_dim], to_key)
+        expand = self.expand.weight[...].astype(q.dtype)
+        expand = expand.reshape(c.num_heads, c.nope_dim + c.value_dim, c.kv_rank)
+        to_key, to_value = jnp.split(expand, [c.nope_dim], axis=1)
+        q_latent = jnp.einsum("btnd,ndc->btnc", q[..., : c.nope_dim], to_key)
         q = jnp.concatenate(
             [q_latent, rotate(q[..., c.nope_dim :], place.position, c.rope)], axis=-1
         )
@@ -228,9 +234,9 @@ class LatentAttention(nnx.Module):
             q,
             key,
             key,
-            mask=visible(place.position, key.shape[1], None, None, 0),
+            mask=visible(place.position, position, None, None),
             scale=c.scale,
             implementation=self.implementation,
         )
-        y = jnp.einsum("btnc,cnd->btnd", y[..., : c.kv_rank], to_value)
+        y = jnp.einsum("btnc,ndc->btnd", y[..., : c.kv_rank], to_value)
         return self.out(y.reshape(b, t, -1)), cache

@@ -14,6 +14,7 @@ from jaxmoe.models._attention import Implementation, rms_norm
 from jaxmoe.models._cache import Cache, Place
 from jaxmoe.models._config import DecoderConfig
 from jaxmoe.models._layers import Block, Layers
+from jaxmoe.models._linear import Linear
 
 
 class DecoderAux(NamedTuple):
@@ -92,7 +93,7 @@ class Decoder(nnx.Module):
         self.head = nnx.data(
             None
             if c.tie_embeddings
-            else nnx.Linear(c.hidden_size, c.vocab_size, use_bias=False, **options)
+            else Linear(c.hidden_size, c.vocab_size, use_bias=False, **options)
         )
 
     def init_cache(self, batch: int, max_length: int | None = None) -> Cache:

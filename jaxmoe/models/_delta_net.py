@@ -11,6 +11,7 @@ from flax import nnx
 from jaxmoe.models import _architecture as architecture
 from jaxmoe.models._attention import rms_norm
 from jaxmoe.models._cache import Place, StateCache
+from jaxmoe.models._linear import Linear
 
 _CHUNK = 64  # tokens that one step of the scan takes
 
@@ -100,8 +101,8 @@ class DeltaNet(nnx.Module):
         self.config = c = config
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         keys, values = c.num_key_heads * c.key_dim, c.num_value_heads * c.value_dim
-        self.mixed = nnx.Linear(hidden_size, 2 * keys + 2 * values, use_bias=False, **options)
-        self.rates = nnx.Linear(hidden_size, 2 * c.num_value_heads, use_bias=False, **options)
+        self.mixed = Linear(hidden_size, 2 * keys + 2 * values, use_bias=False, **options)
+        self.rates = Linear(hidden_size, 2 * c.num_value_heads, use_bias=False, **options)
         conv = nnx.initializers.lecun_normal()(
             rngs.params(), (c.conv_width, 2 * keys + values), param_dtype
         )
@@ -109,7 +110,7 @@ class DeltaNet(nnx.Module):
         self.log_rate = nnx.Param(jnp.zeros(c.num_value_heads, jnp.float32))
         self.rate_bias = nnx.Param(jnp.ones(c.num_value_heads, jnp.float32))
         self.norm = rms_norm(c.value_dim, norm_eps, dtype, rngs)
-        self.out = nnx.Linear(values, hidden_size, kernel_init=out_init, use_bias=False, **options)
+        self.out = Linear(values, hidden_size, kernel_init=out_init, use_bias=False, **options)
 
     def init_cache(self, layers: int, batch: int, length: int, dtype: Any) -> StateCache:
         """A cache of nothing read: the last inputs of the convolution, and the memory."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import codecs
 import functools
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jaxmoe.models._cache import Cache
 from jaxmoe.models._decoder import Decoder
 from jaxmoe.models._sampling import Sampling, sample
+from jaxmoe.models._structure import Structure, split
 
 SEPARATOR = 0
 """The byte that stands before every document a byte-level model was trained on."""
@@ -23,17 +24,19 @@ _BUCKET = 64  # the least that a chunk is padded to, so that few lengths are com
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _start(graph: Any, state: Any, batch: int, max_length: int) -> tuple[Cache, jax.Array]:
+def _start(
+    structure: Structure, arrays: list[jax.Array], batch: int, max_length: int
+) -> tuple[Cache, jax.Array]:
     """An empty cache, and logits `[B, V]` that stand for nothing."""
-    model = nnx.merge(graph, state)
+    model = structure.module(arrays)
     vocab_size = model.architecture.vocab_size
     return model.init_cache(batch, max_length), jnp.zeros((batch, vocab_size), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def _read(
-    graph: Any,
-    state: Any,
+    structure: Structure,
+    arrays: list[jax.Array],
     cache: Cache,
     logits: jax.Array,
     tokens: jax.Array,
@@ -43,7 +46,7 @@ def _read(
 
     Where there are none to read, the logits stay.
     """
-    model = nnx.merge(graph, state)
+    model = structure.module(arrays)
     valid = jnp.arange(tokens.shape[1]) < count[:, None]
     hidden, cache, _ = model.hidden(tokens, cache, valid=valid)
     last = jnp.maximum(count - 1, 0)[:, None, None]
@@ -53,16 +56,16 @@ def _read(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
 def _draw(
-    graph: Any,
+    structure: Structure,
     sampling: Sampling,
     count: int,
-    state: Any,
+    arrays: list[jax.Array],
     cache: Cache,
     logits: jax.Array,
     seed: jax.Array,
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """Draws `count` tokens for each row; returns the logits after the last and `i32[count, B]`."""
-    model = nnx.merge(graph, state)
+    model = structure.module(arrays)
     key = jax.random.key(seed)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
 
@@ -94,8 +97,7 @@ def generate_tokens(
     """Yields the tokens that a model writes after each of some prompts, as they are drawn.
 
     >>> import jax.numpy as jnp
-    >>> from flax import nnx
-    >>> from jaxmoe.models import Decoder, DecoderConfig, generate_tokens
+    >>>     >>> from jaxmoe.models import Decoder, DecoderConfig, generate_tokens
     >>> config = DecoderConfig(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1,
     ...                        head_dim=32, intermediate_size=64, num_experts=8, top_k=2)
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
@@ -169,23 +171,27 @@ def _stream(
     chunk: int,
     max_length: int,
 ) -> Iterator[list[list[int]]]:
-    graph, state = nnx.split(model)
+    structure, arrays = split(model)
     # NumPy numbers, since making jax ones would compile a dozen tiny programs.
-    cache, logits = _start(graph, state, len(tokens), max_length)
+    cache, logits = _start(structure, arrays, len(tokens), max_length)
     for start in range(0, tokens.shape[1], chunk):
         part = tokens[:, start : start + chunk]
         width = min(chunk, max_length, max(_BUCKET, 1 << (part.shape[1] - 1).bit_length()))
         part = np.pad(part, ((0, 0), (0, width - part.shape[1])))
         count = np.clip(lengths - start, 0, width).astype(np.int32)
-        cache, logits = _read(graph, state, cache, logits, part, count)
+        cache, logits = _read(structure, arrays, cache, logits, part, count)
     ended = [False] * len(tokens)
+    drawn: deque[jax.Array] = deque()
     for start in range(0, wanted, stride):
-        # Drawing ahead by up to `stride` may run past the last position: its tokens are not used.
-        cache, logits, drawn = _draw(
-            graph, sampling, stride, state, cache, logits, np.uint32(seed % 2**32)
-        )
+        # The device draws the next tokens while these are looked at. What it draws past the end of
+        # all texts, or past the last position, is not used.
+        while len(drawn) < min(2, -(-(wanted - start) // stride)):
+            cache, logits, ahead = _draw(
+                structure, sampling, stride, arrays, cache, logits, np.uint32(seed % 2**32)
+            )
+            drawn.append(ahead)
         new = []
-        for row, column in enumerate(np.asarray(drawn)[: wanted - start].T.tolist()):
+        for row, column in enumerate(np.asarray(drawn.popleft())[: wanted - start].T.tolist()):
             end = next((i for i, token in enumerate(column) if token in stop), len(column))
             new.append([] if ended[row] else column[:end])
             ended[row] |= end < len(column)

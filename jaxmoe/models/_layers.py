@@ -12,8 +12,10 @@ from flax import nnx
 
 from jaxmoe.models import _architecture as architecture
 from jaxmoe.models._attention import Attention, Implementation, LatentAttention, rms_norm
-from jaxmoe.models._cache import Place, SlotCache, StateCache
+from jaxmoe.models._cache import LayerCache, Place
 from jaxmoe.models._delta_net import DeltaNet
+from jaxmoe.models._linear import Linear
+from jaxmoe.models._structure import Structure, split
 from jaxmoe.nn import MoE
 from jaxmoe.routing import RouterAux
 
@@ -29,9 +31,9 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: architecture.Dense, hidden_size: int, **options: Any):
         width = config.intermediate_size
-        self.gate = nnx.Linear(hidden_size, width, use_bias=False, **options)
-        self.up = nnx.Linear(hidden_size, width, use_bias=False, **options)
-        self.down = nnx.Linear(width, hidden_size, use_bias=False, **options)
+        self.gate = Linear(hidden_size, width, use_bias=False, **options)
+        self.up = Linear(hidden_size, width, use_bias=False, **options)
+        self.down = Linear(width, hidden_size, use_bias=False, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., H]` -> `[..., H]`."""
@@ -98,9 +100,9 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         place: Place,
-        cache: SlotCache | StateCache | None = None,
+        cache: LayerCache | None = None,
         layer: jax.Array | int = 0,
-    ) -> tuple[jax.Array, SlotCache | StateCache | None, RouterAux | None]:
+    ) -> tuple[jax.Array, LayerCache | None, RouterAux | None]:
         """`x[B, T, H]`, where it stands, cache, which layer of it -> `[B, T, H]`, cache, aux."""
         y, cache = self.attention(self.attention_norm(x), place, cache, layer)
         x = x + y
@@ -136,24 +138,34 @@ class Stack(nnx.Module):
 
         The aux of each block of the pattern has a first axis of length `count`.
         """
-        graph: Any
-        graph, states = nnx.split(self.blocks)
+        if self.count == 1:
+            new, auxes = [], []
+            for block, one in zip(self.blocks, cache, strict=True):
+                x, one, aux = _run(*split(block), x, place, one)
+                new.append(one)
+                auxes.append(aux)
+            return x, tuple(new), jax.tree.map(lambda a: a[None], auxes)
+
+        structure, arrays = split(self.blocks)
 
         def step(carry: Any, inputs: Any) -> Any:
-            index, state = inputs
+            index, arrays = inputs
             x, caches = carry
             new, auxes = [], []
-            for block, cache in zip(nnx.merge(graph, state), caches, strict=True):
+            for block, cache in zip(structure.module(arrays), caches, strict=True):
                 x, cache, aux = block(x, place, cache, index)
                 new.append(cache)
                 auxes.append(aux)
             return (x, tuple(new)), auxes
 
-        if self.count == 1:
-            (x, cache), auxes = step((x, cache), (0, states))
-            return x, cache, jax.tree.map(lambda a: a[None], auxes)
-        (x, cache), auxes = jax.lax.scan(step, (x, cache), (jnp.arange(self.count), states))
+        (x, cache), auxes = jax.lax.scan(step, (x, cache), (jnp.arange(self.count), arrays))
         return x, cache, auxes
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(structure: Structure, arrays: list[jax.Array], x: Any, place: Place, cache: Any) -> Any:
+    """One block. As a function of its own, it is traced once for all layers that are alike."""
+    return structure.module(arrays)(x, place, cache)
 
 
 def _stacked(count: int, make: Callable[[nnx.Rngs], Block], rngs: nnx.Rngs) -> Block:

@@ -114,6 +114,9 @@ def load_pretrained(
     return model
 
 
+_dequantize = jax.jit(dequantize, static_argnums=1)
+
+
 class _Reader:
     """Puts a folder's tensors into a model's variables."""
 
@@ -124,23 +127,24 @@ class _Reader:
         self.dtype = np.dtype(dtype)
         self.quantize = quantize
 
-    def fill(self, variable: Any, value: np.ndarray, name: str) -> None:
+    def fill(self, variable: Any, value: Any, name: str) -> None:
         """Checks a value, and puts it on the device in the variable's dtype."""
         expected = variable_value(variable)
         if value.shape != expected.shape:
             raise CheckpointError(
                 self.path,
-                f"tensor {name!r} must have shape {expected.shape} (or its transpose) by "
-                f"config.json, got {value.shape}",
+                f"tensor {name!r} must have shape {expected.shape} by config.json, got "
+                f"{value.shape}",
             )
-        assign(variable, jax.device_put(np.asarray(value).astype(expected.dtype)))
+        # Converted by the device: on the host it takes longer, and as much memory again.
+        assign(variable, jax.device_put(value, may_alias=False).astype(expected.dtype))
 
-    def matrix(self, name: str) -> np.ndarray:
-        """A module's weight `[out, in]`, dequantised if it is quantised."""
-        weight: Any = self.folder.linear(name, dtype=self.dtype)
+    def matrix(self, name: str) -> Any:
+        """A module's weight `[out, in]`, dequantised on the device if it is quantised."""
+        weight = self.folder.linear(name, dtype=self.dtype)
         if isinstance(weight, QuantizedTensor):
-            weight = dequantize(weight, self.dtype)
-        return np.asarray(weight)
+            return _dequantize(weight, self.dtype)
+        return weight
 
     def module(self, module: Any, name: str) -> None:
         """A linear layer or a norm."""
@@ -149,7 +153,7 @@ class _Reader:
             scale = self.folder.tensor(f"{name}.weight").astype(np.float32) + np.float32(offset)
             self.fill(module.scale, scale, f"{name}.weight")
             return
-        self.fill(module.kernel, self.matrix(name).T, f"{name}.weight")
+        self.fill(module.weight, self.matrix(name), f"{name}.weight")
         if module.bias is not None:
             self.fill(module.bias, self.folder.tensor(f"{name}.bias"), f"{name}.bias")
 
@@ -198,8 +202,8 @@ class _Reader:
             self.fill(moe.correction_bias, self.folder.tensor(bias), bias)
         if moe.shared_experts:
             shared = f"{prefix}.{names.shared}"
-            gate, up = (self.matrix(f"{shared}.{part}_proj") for part in ("gate", "up"))
-            self.fill(moe.shared_gate_up, np.concatenate([gate, up]), f"{shared}.gate_proj.weight")
+            parts = [self.matrix(f"{shared}.{part}_proj") for part in ("gate", "up")]
+            self.fill(moe.shared_gate_up, jnp.concatenate(parts), f"{shared}.gate_proj.weight")
             self.fill(moe.shared_down, self.matrix(f"{shared}.down_proj"), f"{shared}.down_proj")
         if moe.shared_gate is not None:
             scale = f"{prefix}.{names.shared}_gate"
