@@ -58,7 +58,13 @@ struct Epilogue {
   }
 
   static void combine(const CombineCall& call, const float* c, int rows) {
+    constexpr int kAhead = 8;  // rows; their sums are anywhere in L2
     for (int r = 0; r < rows; ++r, c += kPanelLanes) {
+      if (r + kAhead < rows) {
+        const float* later = call.sums + call.tokens[r + kAhead] * call.stride;
+        __builtin_prefetch(later, 1);
+        __builtin_prefetch(later + kPanelLanes / 2, 1);
+      }
       float* sum = call.sums + call.tokens[r] * call.stride;
       for (int lane = 0; lane < kPanelLanes; lane += kWidth) {
         const F y = M::load(c + lane) * call.product_scale + M::load(call.bias + lane);

@@ -32,7 +32,8 @@ struct TileMultiply {
       case 3:
         return resident<3>(decode, tiles, superblocks, a, c);
     }
-    for_chunks(superblocks, kMaxChunk, [&](int64_t first, int count) {
+    // Measured: with 96 rows or fewer the trips of c cost less than a larger chunk in L1.
+    for_chunks(superblocks, rows <= 96 ? 2 : kMaxChunk, [&](int64_t first, int count) {
       decode(first, count);
       for (int row = 0; row < rows; row += 2 * TileRows::kTileRows) {
         const uint8_t* x = a.at(row, first * kSuperblockK);

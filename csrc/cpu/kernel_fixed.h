@@ -122,9 +122,10 @@ struct Fixed {
   // Plain loops, which compilers turn into a few vector instructions each.
   static JAXMOE_INLINE void pack_block(const float* values, FixedBlock& block) {
     constexpr int kCount = FixedBlock::kValues;
-    int32_t bits[kCount], integers[kCount];
+    int32_t bits[kCount];
+    uint32_t integers[kCount], sum = 0;  // wrapping, for what a NaN leaves here
     std::memcpy(bits, values, sizeof(bits));
-    int32_t largest = 0, sum = 0;
+    int32_t largest = 0;
     for (int i = 0; i < kCount; ++i) {
       const int32_t magnitude = bits[i] & 0x7fffffff;
       largest = magnitude > largest ? magnitude : largest;
@@ -136,7 +137,7 @@ struct Fixed {
     for (int i = 0; i < kCount; ++i) {
       const float shifted = values[i] * inverse + magic;
       std::memcpy(&integers[i], &shifted, sizeof(shifted));
-      integers[i] -= 0x4b400000;
+      integers[i] -= 0x4b400000u;
     }
     for (int i = 0; i < kCount; ++i) sum += integers[i];
     int8_t low[kCount], high[kCount];
@@ -146,7 +147,7 @@ struct Fixed {
     order(high, block.high);
     // Half of it, for the doubled weights.
     block.scale = from_bits(largest >= kInfinity ? kNan : (exponent - 15) << 23);
-    block.correction = -12 * sum;
+    block.correction = static_cast<int32_t>(0u - 12u * sum);
   }
 
   static JAXMOE_INLINE float from_bits(int32_t bits) {

@@ -190,7 +190,14 @@ inline void store_sixteen(uint8_t* address, __m256i values) {
 
 inline void pack_tile_bf16(const uint16_t* values, int64_t n, const TileRows& tiles, int64_t row,
                            int64_t k) {
-  for (int64_t i = 0; i < n; i += 16) {
+  const __m512i order = _mm512_set_epi16(31, 27, 30, 26, 29, 25, 28, 24, 23, 19, 22, 18, 21, 17, 20,
+                                         16, 15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
+  int64_t i = 0;
+  for (; k % TileRows::kTileK == 0 && i + TileRows::kTileK <= n; i += TileRows::kTileK) {
+    _mm512_storeu_si512(tiles.at(row, k + i),
+                        _mm512_permutexvar_epi16(order, _mm512_loadu_si512(values + i)));
+  }
+  for (; i < n; i += 16) {
     store_sixteen(tiles.at(row, k + i),
                   _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i)));
   }

@@ -24,8 +24,9 @@ struct TileRows {
   int tile_rows = kTileRows;  // 16, or fewer where the only tile would not be full
 
   inline __attribute__((always_inline)) uint8_t* at(int64_t row, int64_t k) const {
-    return data + ((row / tile_rows * planes) * k_blocks + k / kTileK) * block_stride() +
-           row % tile_rows * kRowBytes + k % kTileK * 2;
+    // A tile with fewer rows is the only one.
+    return data + ((row / kTileRows * planes) * k_blocks + k / kTileK) * block_stride() +
+           row % kTileRows * kRowBytes + k % kTileK * 2;
   }
   inline __attribute__((always_inline)) int64_t block_stride() const {
     return int64_t{tile_rows} * kRowBytes;

@@ -22,7 +22,7 @@ constexpr int64_t kSegmentBytes = int64_t{1} << 20;
 constexpr int kMaxSegmentRows = 256;
 constexpr int kMinSegmentRows = 48;
 // Partial sums of a column group, per thread: in L2.
-constexpr int64_t kSumBytes = int64_t{1} << 20;
+constexpr int64_t kSumBytes = int64_t{2} << 20;
 // Below this many multiplications, waking helpers costs more than they bring.
 constexpr int64_t kMinParallelWork = int64_t{1} << 18;
 
