@@ -228,22 +228,33 @@ def _to_dtype(y: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _to_bf16(y: np.ndarray) -> np.ndarray:
-    return rounded(y, *_DTYPES["bfloat16"])
+    """What was summed in float32, as bfloat16: small terms break no tie that float32 has."""
+    return _to_dtype(_to_dtype(y, "float32"), "bfloat16")
 
 
 def _as_it_is(y: np.ndarray, *_) -> np.ndarray:
     return y
 
 
+def _scaled(y: np.ndarray, of_expert, of_row: np.ndarray, bias) -> np.ndarray:
+    return y * of_expert * of_row + bias
+
+
+def _scaled_in_float32(y: np.ndarray, of_expert, of_row: np.ndarray, bias) -> np.ndarray:
+    """The factor is rounded, then the sum: of few bits each, products are often ties afterwards."""
+    return _to_dtype(y * _to_dtype(of_expert * of_row, "float32") + bias, "float32")
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """What one product of quantised rows and weights is, and what is rounded around it.
 
-    product(values of a row, weight of an expert) * factor of the row * factor of the expert + bias
+    scaled(product(values of a row x weight of an expert), factor of the expert, of the row, bias)
 
     weight: bits -> what is multiplied, `[E, N, K]`; factor: bits -> `[E]`.
     operand: rows, input scale -> what is multiplied, and the factor of each row `[..., 1]`.
     product: rounds the sums before any factor.
+    scaled: multiplies them by both factors and adds the bias.
     result: rounds the activation's output and each slot's result, given the name of x's dtype.
     weigh_first: with weight_on_input, whether x is multiplied before it becomes an operand.
     """
@@ -253,6 +264,7 @@ class Arithmetic:
     operand: Callable[[np.ndarray, float | None], tuple[np.ndarray, np.ndarray]]
     product: Callable[[np.ndarray], np.ndarray]
     result: Callable[[np.ndarray, str], np.ndarray]
+    scaled: Callable[..., np.ndarray] = _scaled
     weigh_first: bool = False
 
 
@@ -262,7 +274,10 @@ def _ones(w: Weight) -> np.ndarray:
 
 def _block_scaled(operand) -> Arithmetic:
     """Both operands have block scales; sums leave the tensor cores as bfloat16."""
-    return Arithmetic(block_decoded, global_scales, operand, _to_bf16, _as_it_is, weigh_first=True)
+    return Arithmetic(
+        block_decoded, global_scales, operand, _to_bf16, _as_it_is, _scaled_in_float32,
+        weigh_first=True,
+    )  # fmt: skip
 
 
 ARITHMETIC: dict[str, Arithmetic] = {
@@ -431,15 +446,13 @@ def moe_mlp_pairs(
         rows, factor = how.operand(rows, input_scales[0])
         if weight_on_input and not how.weigh_first:
             factor = factor * weight
-        hidden = how.product(rows @ first[expert].T) * first_factor[expert] * factor
-        if gate_up_bias is not None:
-            hidden = hidden + np.asarray(gate_up_bias, np.float64)[expert]
+        bias = 0.0 if gate_up_bias is None else np.asarray(gate_up_bias, np.float64)[expert]
+        hidden = how.scaled(how.product(rows @ first[expert].T), first_factor[expert], factor, bias)
         value, _, _ = activate(activation, hidden, _expert_params(params, expert))
         inner, factor = how.operand(how.result(value, dtype), input_scales[1])
-        result = how.product(inner @ second[expert].T) * second_factor[expert] * factor
-        if down_bias is not None:
-            result = result + np.asarray(down_bias, np.float64)[expert]
-        result = how.result(result, dtype)
+        bias = 0.0 if down_bias is None else np.asarray(down_bias, np.float64)[expert]
+        result = how.product(inner @ second[expert].T)
+        result = how.result(how.scaled(result, second_factor[expert], factor, bias), dtype)
         out[tokens, slots] = result if weight_on_input else weight * result
     return out
 
@@ -513,10 +526,9 @@ def grouped_matmul(
     w, w_factor = how.weight(w), how.factor(w)
     out = np.zeros((x.shape[0], w.shape[1]))
     for group, start, end in _groups(group_sizes, group_offset, w.shape[0], x.shape[0]):
-        out[start:end] = how.product(x[start:end] @ w[group].T) * w_factor[group]
-        out[start:end] *= factor[start:end]
-        if bias is not None:
-            out[start:end] += np.asarray(bias, np.float64)[group]
+        added = 0.0 if bias is None else np.asarray(bias, np.float64)[group]
+        product = how.product(x[start:end] @ w[group].T)
+        out[start:end] = how.scaled(product, w_factor[group], factor[start:end], added)
     return out
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +222,17 @@ def test_the_peak_of_float8_is_that_of_w4a8_only():
 
 
 # --- results ------------------------------------------------------------------------------------
+
+
+def test_what_no_variant_can_run_is_said_in_one_sentence():
+    (skipped,) = benchmark.measure_layer(
+        TINY, "mxfp4", [2], machine=MACHINE, budget=0.02, compute="w4a8", implementations=["auto"]
+    )
+    assert isinstance(skipped, Skipped)
+    assert re.fullmatch(
+        r"no variant can; with compute='auto', \w+ runs it as w4a16; .*jaxmoe explain.*",
+        skipped.reason,
+    )
 
 
 def test_results_and_what_cannot_run():

@@ -1,7 +1,9 @@
-"""What refuses a wrong build: CUTLASS too old or changed, a generic target, code that lacks its
-instructions, families that do not exist."""
+"""What refuses a wrong build: CUTLASS too old or changed, a generic target, too large a tile, code
+that lacks its instructions, families that do not exist, kernels that the table does not have."""
 
+import os
 import pathlib
+import re
 import runpy
 import shutil
 import subprocess
@@ -9,7 +11,11 @@ import sys
 
 import pytest
 
+from jaxmoe.capability import TABLE
+from jaxmoe.capability.table import ACTIVATIONS
+
 ROOT = pathlib.Path(__file__).parent.parent
+CUTLASS = os.environ.get("CUTLASS_PATH")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
@@ -84,7 +90,28 @@ def test_a_generic_target_is_refused(tmp_path, target, accepted):
     assert accepted or "need a family target" in result.stderr
 
 
-PRODUCT = "MainloopSm120ArrayTmaWarpSpecialized_float_ue4m3_t"
+@pytest.mark.skipif(NVCC is None or not CUTLASS, reason="needs nvcc and CUTLASS_PATH")
+def test_a_tile_over_the_limit_of_shared_memory_is_refused(tmp_path):
+    source = tmp_path / "tactic.cu"
+    source.write_text(
+        '#include "sm120/config.cuh"\n'
+        "using namespace jaxmoe::blackwell;\n"
+        "struct Config : Sm120<Format::kNvfp4, 256, 256> {\n"
+        '  static constexpr const char* kName = "n256";\n'
+        "};\n"
+        "extern const Tactic kTactic = GroupedGemm<Config>::kTactic;\n"
+    )
+    result = run(
+        NVCC, "-c", "-std=c++17", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}",
+        f"-isystem={CUTLASS}/include", "-gencode=arch=compute_120f,code=sm_120f", source,
+        "-o", tmp_path / "tactic.o",
+    )  # fmt: skip
+    assert result.returncode != 0
+    message = "the tile is too large: two stages of it, and the results, exceed the shared memory"
+    assert message in result.stdout + result.stderr
+
+
+PRODUCT = "MainloopSm120ArrayTmaWarpSpecialized_float_{}_t"
 GOOD = f"""
 Fatbin elf code:
 ================
@@ -92,14 +119,17 @@ arch = sm_120f
 code version = [1,8]
 
 \tcode for sm_120
-\t\tFunction : {PRODUCT}
+\t\tFunction : {PRODUCT.format("ue8m0")}
+\tQMMA.SF.16832.F32.E2M1.E4M3.E8 R0 ;
+\tACQBULK ;
+\t\tFunction : {PRODUCT.format("ue4m3")}
 \tOMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X R0 ;
 \tACQBULK ;
 """
 
 
-def check_code(family, dump, few=False):
-    return runpy.run_path(str(ROOT / ".ci/check_sass.py"))["check"](family, dump, few)[1]
+def check_code(family, dump):
+    return runpy.run_path(str(ROOT / ".ci/check_sass.py"))["check"](family, dump)[1]
 
 
 @pytest.mark.parametrize(
@@ -107,24 +137,22 @@ def check_code(family, dump, few=False):
     [
         (GOOD, None),
         (GOOD.replace("OMMA.SF.16864", "HMMA"), "no OMMA.SF"),
+        (GOOD.replace("QMMA.SF.16832", "HMMA"), "no QMMA.SF"),
         (GOOD.replace("ACQBULK", "NOP"), "no ACQBULK"),
         (GOOD + "\tSTL [R1], R2 ;\n", "local memory"),
         (GOOD.replace("sm_120f", "sm_120"), "code for sm_120, where sm_120f belong"),
         (GOOD + "Fatbin elf code:\narch = sm_90a\n", "code for sm_90a, where sm_120f belong"),
         (GOOD + "Fatbin ptx code:\narch = sm_120f\n", "PTX"),
         (GOOD.replace("ue4m3", "other"), "no code: sm_120f MainloopSm120Array.*float_ue4m3_t"),
+        (GOOD.replace("ue8m0", "other"), "no code: sm_120f MainloopSm120Array.*float_ue8m0_t"),
     ],
 )
 def test_machine_code_is_checked(dump, complaint):
-    wrong = check_code("sm120", dump, few=True)
+    wrong = check_code("sm120", dump)
     if complaint is None:
         assert wrong == []
     else:
         assert any(complaint in w for w in wrong), wrong
-
-
-def test_a_library_lacks_no_kind_of_kernel():
-    assert check_code("sm120", GOOD) == ["no code: sm_120f MainloopSm120Array.*float_ue8m0_t"]
 
 
 def test_a_library_for_many_sms_lacks_none_of_them():
@@ -135,9 +163,10 @@ def test_a_library_for_many_sms_lacks_none_of_them():
 
 
 def test_emulation_may_use_local_memory_and_only_hopper():
-    emulated = GOOD.replace("OMMA.SF.16864", "HMMA").replace("sm_120f", "sm_90a") + "\tSTL ;\n"
-    assert check_code("sm120_emulated", emulated, few=True) == []
-    assert check_code("sm120_emulated", GOOD, few=True) != []
+    emulated = GOOD.replace("sm_120f", "sm_90a") + "\tSTL ;\n"
+    emulated = emulated.replace("OMMA.SF.16864", "HMMA").replace("QMMA.SF.16832", "HMMA")
+    assert check_code("sm120_emulated", emulated) == []
+    assert check_code("sm120_emulated", GOOD) != []
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
@@ -153,3 +182,85 @@ def test_families_that_do_not_exist_are_refused(tmp_path, option, complaint):
     result = run("cmake", "-S", ROOT, "-B", tmp_path, f"-D{option}")
     assert result.returncode != 0
     assert complaint in " ".join(result.stderr.split())
+
+
+# --- kernels and tables ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sm100", "sm120"])
+def test_every_tactic_of_a_family_is_a_unit_and_the_other_way_round(family):
+    def names(text):
+        return set(re.findall(r"\bkSm\d+\w+", text))
+
+    listed = (ROOT / f"csrc/{family}/tactics.cc").read_text()
+    declared, _, array = listed.partition("kTactics[] =")
+    units = [path.read_text() for path in (ROOT / f"csrc/{family}").glob("tactic_*.cu")]
+    defined = set().union(*map(names, units))
+    assert len(defined) == len(units)
+    assert names(declared) == names(array) == defined
+
+
+def built(tmp_path, change=lambda variants: None, extra=""):
+    """Checks a stand-in for the library sm120 whose manifest was changed."""
+    variants = {
+        row.variant: {
+            "formats": sorted(row.weight_formats),
+            "layout": row.layout,
+            "smem_bytes": row.smem_bytes,
+            "sms": sorted(row.sms),
+        }
+        for row in TABLE
+        if row.family == "sm120" and row.never is None
+    }
+    change(variants)
+    manifest = {"library": "sm120", "variants": variants, "activations": sorted(ACTIVATIONS)}
+    library = tmp_path / "_sm120.py"
+    library.write_text(f"{extra}\ndef manifest():\n    return {manifest!r}\n")
+    return lambda *options: run(
+        sys.executable, ROOT / "csrc/bindings/check_manifest.py", library, *options
+    )
+
+
+def test_a_library_that_agrees_with_the_table_is_taken(tmp_path):
+    result = built(tmp_path)()
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            lambda v: v.pop("sm120_w4a8"),
+            "sm120_w4a8: in the table, but the library has no such kernel",
+        ),
+        (
+            lambda v: v.update(sm120_w4a16=v["sm120_w4a4"]),
+            "sm120_w4a16: in the library, but the table has no such row",
+        ),
+        (
+            lambda v: v["sm120_w4a4"].update(smem_bytes=102400),
+            "sm120_w4a4: smem_bytes: 102400 in the library, 97280 in the table",
+        ),
+        (
+            lambda v: v["sm120_w4a4"].update(sms=[120]),
+            "sm120_w4a4: sms: [120] in the library, [120, 121] in the table",
+        ),
+    ],
+)
+def test_a_build_that_differs_from_the_table_fails(tmp_path, change, complaint):
+    result = built(tmp_path, change)()
+    assert result.returncode == 1
+    assert "_sm120 and the capability table" in result.stderr
+    assert complaint in result.stderr
+
+
+def test_a_build_of_few_kernels_may_take_less_shared_memory(tmp_path):
+    check = built(tmp_path, lambda v: v["sm120_w4a4"].update(smem_bytes=1024))
+    assert check().returncode == 1
+    assert check("--few").returncode == 0
+
+
+def test_a_library_that_lacks_a_symbol_fails_the_build(tmp_path):
+    result = built(tmp_path, extra='raise ImportError("undefined symbol: kSm120Nvfp4N32")')()
+    assert result.returncode == 1
+    assert "_sm120 cannot be loaded: undefined symbol: kSm120Nvfp4N32" in result.stderr

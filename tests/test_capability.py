@@ -38,7 +38,8 @@ from jaxmoe.capability import (
 from jaxmoe.capability.table import ACTIVATIONS, KNOWN_SMS, SMEM_LIMIT
 
 AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c", "avx2"})
-EVERY_FEATURE = AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}
+AVX512_BF16 = AVX512 | {"avx512vbmi", "avx512_vnni", "avx512_bf16"}
+EVERY_FEATURE = AVX512_BF16 | {"avx512_fp16", "amx_tile", "amx_bf16"}
 CPU_VARIANTS = ("cpu_amx", "cpu_avx512_bf16", "cpu_avx512", "cpu_avx2", "cpu_portable")
 GPU_VARIANTS = (
     "sm80_w4a16",
@@ -331,7 +332,7 @@ class TestSentences:
         avx2 = Target("cpu", features={"avx2", "fma", "f16c"}, built=CPU_VARIANTS)
         found, detail = self.reason("cpu_amx", problem(), avx2)
         assert found is Reason.CPU_FEATURE_MISSING
-        assert "lacks amx_bf16, amx_tile, avx512_bf16" in detail
+        assert "lacks amx_bf16, amx_tile, avx512_bf16, avx512_fp16, avx512_vnni" in detail
         assert "can run cpu_avx2, cpu_portable" in detail
 
     def test_failed_self_test(self):
@@ -395,8 +396,9 @@ class TestRequest:
         features = [
             (EVERY_FEATURE, "bfloat16", "cpu_amx"),
             (EVERY_FEATURE, "float32", "cpu_amx"),
-            (AVX512 | {"avx512_bf16"}, "bfloat16", "cpu_avx512_bf16"),
-            (AVX512 | {"avx512_bf16"}, "float32", "cpu_avx512"),
+            (AVX512_BF16, "bfloat16", "cpu_avx512_bf16"),
+            (AVX512_BF16, "float32", "cpu_avx512"),
+            (AVX512 | {"avx512_bf16"}, "bfloat16", "cpu_avx512"),
             (AVX512, "bfloat16", "cpu_avx512"),
             ({"avx2", "fma", "f16c"}, "bfloat16", "cpu_avx2"),
             ({"avx2"}, "bfloat16", "cpu_portable"),
@@ -926,9 +928,9 @@ class TestManifest:
             "layout": "panel32",
             "variants": {
                 "cpu_amx": {
-                    "features": sorted(avx512 | {"avx512_bf16", "amx_tile", "amx_bf16"}),
+                    "features": sorted(EVERY_FEATURE - {"avx2"}),
                 },
-                "cpu_avx512_bf16": {"features": sorted(avx512 | {"avx512_bf16"})},
+                "cpu_avx512_bf16": {"features": sorted(AVX512_BF16 - {"avx2"})},
                 "cpu_avx512": {"features": sorted(avx512)},
                 "cpu_avx2": {"features": sorted(f32)},
                 "cpu_portable": {"features": []},

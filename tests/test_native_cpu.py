@@ -564,3 +564,12 @@ def test_workspace_bytes_refuses():
             _cpu.workspace_bytes("moe_mlp", **{**sizes, **change})
     with pytest.raises(ValueError, match="op must be 'moe_mlp' with these arguments, got 'conv'"):
         _cpu.workspace_bytes("conv", **sizes)
+
+
+def test_huge_pages_keep_what_is_there():
+    want = np.random.default_rng(0).integers(0, 256, 5 << 20, dtype=np.uint8)
+    array = jnp.asarray(want).block_until_ready()
+    done = _cpu.use_huge_pages(array.unsafe_buffer_pointer(), array.nbytes)
+    assert done in (True, False)  # the system's choice
+    np.testing.assert_array_equal(np.asarray(array), want)
+    assert not _cpu.use_huge_pages(array.unsafe_buffer_pointer(), 4096)  # no whole page

@@ -39,14 +39,15 @@ replace = dataclasses.replace
 
 # --- which implementations run here ---------------------------------------------------------------
 
+AVX512 = "avx512f avx512bw avx512vl avx512dq fma f16c"
 # What each variant needs, by hand from DESIGN.md section 5, in the kernel's spelling of CPU flags.
 NEEDS = {
     "xla": "",
     "cpu_portable": "",
     "cpu_avx2": "avx2 fma f16c",
-    "cpu_avx512": "avx512f avx512bw avx512vl avx512dq fma f16c",
-    "cpu_avx512_bf16": "avx512f avx512bw avx512vl avx512dq fma f16c avx512_bf16",
-    "cpu_amx": "avx512f avx512bw avx512vl avx512dq fma f16c avx512_bf16 amx_tile amx_bf16",
+    "cpu_avx512": AVX512,
+    "cpu_avx512_bf16": f"{AVX512} avx512vbmi avx512_vnni avx512_bf16",
+    "cpu_amx": f"{AVX512} avx512vbmi avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16",
 }
 
 

@@ -208,22 +208,31 @@ def test_block_scaled_is_the_double_loop_of_its_definition(
     factors = [oracle.global_scales(w) for w in (p.gate_up, p.down)]
     want = np.zeros((5, spec.top_k, 96))
 
-    def product(row, which, e):
+    def product(row, which, e, bias):
         values, g = quantised(row[None], p.input_scales[which])
         sums = np.float32(unit[which][e] @ values[0]).astype(ml_dtypes.bfloat16)
-        return sums.astype(np.float64) * factors[which][e] * g[0, 0]
+        factor = np.float32(factors[which][e]) * np.float32(g[0, 0])
+        return np.float64(np.float32(sums.astype(np.float64) * np.float64(factor) + bias[e]))
 
     for t, j in np.ndindex(5, spec.top_k):
         e, weight = int(p.expert_ids[t, j]) - 1, float(p.weights[t, j])
         if not 0 <= e < 4:
             continue
         x = p.x[t].astype(np.float64) * (weight if weight_on_input else 1)
-        gate, up = np.split(product(x, 0, e) + p.gate_up_bias[e], 2)
-        y = product(gate / (1 + np.exp(-gate)) * up, 1, e) + p.down_bias[e]
+        gate, up = np.split(product(x, 0, e, p.gate_up_bias), 2)
+        y = product(gate / (1 + np.exp(-gate)) * up, 1, e, p.down_bias)
         want[t, j] = y if weight_on_input else weight * y
     np.testing.assert_allclose(p.pairs(arithmetic), want, rtol=1e-12, atol=1e-12)
     error = np.linalg.norm(p.pairs(arithmetic) - p.pairs()) / np.linalg.norm(p.pairs())
     assert least < error < 0.5  # static scales clip
+
+
+def test_what_float32_cannot_hold_breaks_no_tie():
+    """1 + 2^-8 is between two bfloat16: to even; so it stays with 2^-25 more, but not 2^-22."""
+    tie = 1 + 2.0**-8
+    product = oracle.ARITHMETIC["w4a4"].product
+    sums = np.array([tie, tie + 2.0**-25, tie - 2.0**-25, tie + 2.0**-22, tie - 2.0**-22])
+    np.testing.assert_array_equal(product(sums), [1, 1, 1, 1 + 2.0**-7, 1])
 
 
 def test_grouped_block_scaled_is_its_definition():
@@ -236,7 +245,8 @@ def test_grouped_block_scaled_is_its_definition():
             rows = slice(start, start + size)
             sums = np.float32(values[rows] @ oracle.block_decoded(p.w)[e].T)
             sums = sums.astype(ml_dtypes.bfloat16).astype(np.float64)
-            want[rows] = sums * float(p.w.global_scale[e]) * g[rows] + p.bias[e]
+            factor = (p.w.global_scale[e] * g[rows].astype(np.float32)).astype(np.float64)
+            want[rows] = np.float32(sums * factor + p.bias[e])
         start += size
     np.testing.assert_allclose(p.expected("w4a4"), want, rtol=1e-12, atol=1e-12)
 

@@ -7,10 +7,14 @@
 //   check_sm120_emulated time qwen3-30b-a3b nvfp4 1,64 auto
 //
 // `layers` compares a few tokens of each problem with a float64 reference that quantises
-// activations as csrc/blackwell/layout.h says, and prints the relative L2 error and how many bits
-// were wrong in a second run; every buffer holds NaN before. `features` does the same for biases,
-// activations, static scales, expert shards, extreme inputs and routings, CUDA graphs, two streams,
-// and the grouped product. The exit status is 0 if all is right.
+// activations as csrc/blackwell/layout.h says, and prints the relative L2 error, the norm of what
+// was expected, and how many bits were wrong in a second run; every buffer holds NaN before. An
+// error of 0 is one of results that need no rounding: MXFP4's scales are powers of two here, so
+// that without weights and biases after the products a result has the bits of its bf16 product.
+//
+// `features` does the same for biases, activations, static scales, expert shards, extreme inputs
+// and routings, CUDA graphs, two streams, and the grouped product. The exit status is 0 if all is
+// right.
 #include <cuda_bf16.h>
 
 #include <algorithm>
@@ -28,6 +32,26 @@ using namespace jaxmoe::native;
 using Bf16 = __nv_bfloat16;
 
 constexpr double kMaxError = 5e-3;
+
+// How far a result is from the reference.
+struct Distance {
+  double error = 0.0, norm = 0.0;  // sums of squares until `finished`
+
+  void add(double result, double expected) {
+    error += (result - expected) * (result - expected);
+    norm += expected * expected;
+  }
+  // Relative, where there is something to be relative to.
+  Distance finished() const {
+    return {norm == 0.0 ? std::sqrt(error) : std::sqrt(error / norm), std::sqrt(norm)};
+  }
+  void print() const { std::printf(" error %.2e of %.1e", error, norm); }
+  // Says what is wrong, or "": a comparison with zeros alone is one only where they are expected.
+  std::string complaint(bool zero_expected) const {
+    if ((norm == 0.0) != zero_expected) return " NOTHING-COMPARED";
+    return error < kMaxError ? "" : " WRONG";
+  }
+};
 const char* const kFormats[] = {"nvfp4", "mxfp4"};  // as in Format
 
 // ---- the reference's numbers: by search, in float64
@@ -359,10 +383,9 @@ class Problem {
       nonfinite += std::isnan(__bfloat162float(result[i])) != expect_nan ||
                    std::isinf(__bfloat162float(result[i]));
     }
-    const double error = tokens_ ? relative_error(result) : 0.0;
-    std::printf(" error %.2e", error);
-    std::string wrong;
-    if (!(error < kMaxError)) wrong += " WRONG";
+    const Distance distance = tokens_ ? distance_from_reference(result) : Distance{};
+    distance.print();
+    std::string wrong = distance.complaint(nobody_is_here());
     if (nonfinite) wrong += " NONFINITE:" + std::to_string(nonfinite);
     if (different) wrong += " NOT-REPEATABLE:" + std::to_string(different);
     return wrong;
@@ -487,8 +510,16 @@ class Problem {
     return complaint;
   }
 
-  // Relative L2 distance from float64, on all tokens or, where they are many, some with the last.
-  double relative_error(const std::vector<Bf16>& result) {
+  // No token has an expert of this shard: all results are zeros.
+  bool nobody_is_here() const {
+    const auto end = ids_.begin() + int64_t{tokens_} * layer_.top_k;
+    return std::none_of(ids_.begin(), end, [this](int32_t id) {
+      return id >= features_.offset && id < features_.offset + layer_.experts;
+    });
+  }
+
+  // From float64, on all tokens or, where they are many, some with the last.
+  Distance distance_from_reference(const std::vector<Bf16>& result) {
     const int first = features_.extreme == Extreme::kNonfinite ? 2 : 0;
     const int count = std::min(tokens_ - first, 16);
     std::vector<int> tokens(count, tokens_ - 1);
@@ -523,14 +554,12 @@ class Problem {
                                                     chosen, y.get());
     check(cudaDeviceSynchronize(), "reference");
     const std::vector<double> expected = download(y, int64_t{count} * hidden);
-    double distance = 0.0, norm = 0.0;
+    Distance distance;
     for (size_t i = 0; i < expected.size(); ++i) {
       const int64_t token = tokens[i / hidden];
-      const double off = __bfloat162float(result[token * hidden + i % hidden]) - expected[i];
-      distance += off * off;
-      norm += expected[i] * expected[i];
+      distance.add(__bfloat162float(result[token * hidden + i % hidden]), expected[i]);
     }
-    return norm == 0.0 ? std::sqrt(distance) : std::sqrt(distance / norm);
+    return distance.finished();
   }
 
   const Layer layer_;
@@ -648,18 +677,16 @@ bool run_grouped(const std::string& name, Format format, bool with_bias) {
   check(cudaDeviceSynchronize(), "reference");
   const std::vector<double> expected = download(y, int64_t{rows} * n);
   const std::vector<Bf16> result = download(out, int64_t{rows} * n);
-  double distance = 0.0, norm = 0.0;
+  Distance sums;
   bool zero = true;
   for (size_t i = 0; i < result.size(); ++i) {
     const int row = static_cast<int>(i) / n;
-    const double off = __bfloat162float(result[i]) - expected[i];
-    distance += off * off;
-    norm += expected[i] * expected[i];
+    sums.add(__bfloat162float(result[i]), expected[i]);
     if (row < begin || row >= end) zero &= __bfloat162float(result[i]) == 0.0f;
   }
-  const double error = std::sqrt(distance / norm);
-  std::printf(" error %.2e", error);
-  return report(std::string(error < kMaxError ? "" : " WRONG") + (zero ? "" : " NOT-ZERO"));
+  const Distance distance = sums.finished();
+  distance.print();
+  return report(distance.complaint(false) + (zero ? "" : " NOT-ZERO"));
 }
 
 bool run_feature(const char* what, const Layer& layer, Format format, int tokens,

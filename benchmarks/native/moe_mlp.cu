@@ -2,12 +2,12 @@
 // repository root, in one line:
 //
 //   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -Icsrc
-//       -DFAMILY=sm90 benchmarks/native/moe_mlp.cu csrc/sm90/*.cu csrc/cuda/*.cu -o bench_sm90
+//       -DFAMILY=sm90 benchmarks/native/moe_mlp.cu csrc/sm90/*.cu csrc/sm80/tactic_mma8.cu csrc/cuda/*.cu -o bench_sm90
 //   ./bench_sm90 check odd,qwen3-30b-a3b nvfp4,mxfp4 1,17,300 auto,decode,wgmma64
 //   ./bench_sm90 time qwen3-30b-a3b nvfp4 1 fused,decode
 //   ./bench_sm90 time gpt-oss-120b mxfp4 1,64,4096 auto
 //
-// and the same with sm80 in place of sm90, and the SM at hand. `all` are all tactics of a format.
+// and the same with sm80 alone in place of sm90, and the SM at hand. `all` are all tactics of a format.
 // The formats are nvfp4, mxfp4, and mxfp4-fp8: mxfp4 with x and h quantised to e4m3 (W4A8). x is
 // bf16, the activation SwiGLU, without biases. A line has the layer, format, tokens, tactic
 // and error relative to float64 on a few tokens; with `time`, also the median time, packed bytes of

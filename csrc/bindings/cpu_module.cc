@@ -10,6 +10,7 @@
 #include "bindings/module.h"
 #include "cpu/features.h"
 #include "cpu/moe_mlp.h"
+#include "cpu/pages.h"
 #include "cpu/self_test.h"
 #include "cpu/types.h"
 
@@ -101,6 +102,13 @@ NB_MODULE(_cpu, m) {
   m.def("registrations", &registrations, "XLA FFI targets: name -> capsule.");
   m.def("manifest", &manifest, "What this library was built with.");
   m.def("cpu_features", &cpu_features, "Usable features of this machine.");
+  m.def(
+      "use_huge_pages",
+      [](uintptr_t address, size_t bytes) {
+        return use_huge_pages(reinterpret_cast<void*>(address), bytes);
+      },
+      "address"_a, "bytes"_a, nb::call_guard<nb::gil_scoped_release>(),
+      "Moves memory to huge pages; false where the system does not do that.");
   m.def("self_test", &run_self_test, "variant"_a,
         "Runs a tiny problem; returns '' or what was wrong with the numbers.");
   m.def("workspace_bytes", &moe_mlp_workspace, "op"_a, nb::kw_only(), "tokens"_a, "hidden_size"_a,

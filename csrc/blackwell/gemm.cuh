@@ -51,8 +51,22 @@ struct GroupedGemm {
       typename Config::EpilogueSchedule>::CollectiveOp;
   // Beside the epilogue's storage, the scheduler, tensor maps and alignment take room that the
   // builder does not count in every release.
-  using Stages = cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
-      sizeof(typename Epilogue::SharedStorage) + 2048)>;
+  static constexpr int kCarveout =
+      static_cast<int>(sizeof(typename Epilogue::SharedStorage)) + 2048;
+  using Stages = cutlass::gemm::collective::StageCountAutoCarveout<kCarveout>;
+
+  // A stage: both operands, FP4 beside FP8 spread over bytes, and their scales. Of all the stages
+  // that fit, a kernel needs two.
+  static constexpr int kDepth = cute::size<2>(typename Config::Tile{});
+  static constexpr int kStageBytes =
+      (cute::size<0>(typename Config::Tile{}) + Config::kTokens) * kDepth /
+          (Config::kFormat == Format::kNvfp4 ? 2 : 1) +
+      (cute::size<0>(typename Config::Tile{}) + round_up(Config::kTokens, kScaleRows)) * kDepth /
+          block_size(Config::kFormat);
+  static_assert(
+      2 * kStageBytes + kCarveout <= Config::kSmemLimit,
+      "the tile is too large: two stages of it, and the results, exceed the shared memory "
+      "that a thread block of this SM may have; take fewer tokens or less depth");
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       typename Config::Arch, cutlass::arch::OpClassBlockScaledTensorOp, typename Ops::Weights,
       cutlass::layout::RowMajor*, Ops::kWeightAlignment, typename Ops::Rows,

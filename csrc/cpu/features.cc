@@ -61,7 +61,10 @@ std::vector<std::string> detect() {
   add(avx512 && bit(leaf7.ebx, 30), "avx512bw");
   add(avx512 && bit(leaf7.ebx, 31), "avx512vl");
   add(avx512 && bit(leaf7.ebx, 17), "avx512dq");
+  add(avx512 && bit(leaf7.ecx, 1), "avx512vbmi");
+  add(avx512 && bit(leaf7.ecx, 11), "avx512_vnni");
   add(avx512 && bit(leaf7_1.eax, 5), "avx512_bf16");
+  add(avx512 && bit(leaf7.edx, 23), "avx512_fp16");
   if (tiles && request_tile_permission()) {
     found.push_back("amx_tile");
     add(bit(leaf7.edx, 22), "amx_bf16");
@@ -80,10 +83,9 @@ std::array<std::vector<std::string>, kNumVariants> make_requirements() {
   const std::vector<std::string> avx512 = {"avx512f",  "avx512bw", "avx512vl",
                                            "avx512dq", "fma",      "f16c"};
   std::vector<std::string> avx512_bf16 = avx512;
-  avx512_bf16.push_back("avx512_bf16");
+  avx512_bf16.insert(avx512_bf16.end(), {"avx512vbmi", "avx512_vnni", "avx512_bf16"});
   std::vector<std::string> amx = avx512_bf16;
-  amx.push_back("amx_tile");
-  amx.push_back("amx_bf16");
+  amx.insert(amx.end(), {"avx512_fp16", "amx_tile", "amx_bf16"});
   return {{{}, avx2, avx512, avx512_bf16, amx}};
 }
 

@@ -52,10 +52,8 @@ class GroupedMatmulJob : public Job {
 
   // Sizes are data: negative ones count as zero, and groups end where the rows end.
   void cut_groups() {
-    SegmentRule rule;
-    rule.has_tiles = kernels_.panel_tiles[0] != nullptr;
-    rule.min_tile_rows = kernels_.min_tile_rows;
-    rule.max_short_tile_rows = kernels_.max_short_tile_rows;
+    SegmentRule rule =
+        segment_rule(kernels_, args_.x_dtype, /*fixed=*/args_.out_dtype == Dtype::kBf16);
     rule.max_rows_f32 = kMaxF32Rows;
     rule.max_rows_tiles = kMaxSegmentRows;
     int64_t row = 0;
@@ -89,8 +87,7 @@ class GroupedMatmulJob : public Job {
 
   void multiply(const Segment& segment, int64_t begin, int64_t end, Scratch& scratch) const {
     const Matrix x = {args_.x, args_.x_dtype, args_.k};
-    const Operand a =
-        gather(kernels_, segment.tile_rows, x, segment.first_row, nullptr, segment.rows, scratch);
+    const Operand a = gather(kernels_, segment, x, segment.first_row, nullptr, scratch);
     float* c = product_buffer(segment.rows, scratch);
     const float scale =
         args_.w_global[segment.expert] * kProductExponent[static_cast<int>(args_.format)];

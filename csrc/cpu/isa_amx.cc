@@ -9,6 +9,10 @@ namespace jaxmoe::cpu {
 namespace {
 
 struct AmxTiles {
+  static JAXMOE_INLINE __m512i multiply_f16(__m512i a, __m512i b) {
+    return _mm512_castph_si512(_mm512_mul_ph(_mm512_castsi512_ph(a), _mm512_castsi512_ph(b)));
+  }
+
   static void configure() {
     struct {
       uint8_t palette = 1;

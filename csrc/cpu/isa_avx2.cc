@@ -2,7 +2,7 @@
 #include <immintrin.h>
 
 #include "cpu/epilogue.h"
-#include "cpu/kernel_f32.h"
+#include "cpu/kernel_fixed.h"
 
 namespace jaxmoe::cpu {
 namespace {
@@ -42,6 +42,45 @@ struct Isa {
     const __m128i half =
         _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<short>(0xbf80)));
     return _mm256_cvtph_ps(half);
+  }
+
+  static constexpr int kVectorsTogether = 1;
+  struct Weights {
+    __m256i of[4];
+  };
+
+  static JAXMOE_INLINE Weights load_weights(const uint8_t* codes, int group_bytes) {
+    const __m256i table = _mm256_broadcastsi128_si256(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(kUnsignedWeights)));
+    const __m256i nibbles = _mm256_set1_epi8(15);
+    Weights weights;
+#pragma GCC unroll 2
+    for (int group = 0; group < 2; ++group) {
+      const __m256i dwords = load_codes(codes + group * group_bytes);
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(dwords, 4), nibbles);
+      weights.of[2 * group] = _mm256_shuffle_epi8(table, _mm256_and_si256(dwords, nibbles));
+      weights.of[2 * group + 1] = _mm256_shuffle_epi8(table, high);
+    }
+    return weights;
+  }
+
+  static JAXMOE_INLINE void dot(const Weights (&weights)[1], const FixedBlock& x, I (&sums)[1]) {
+    const __m256i high = _mm256_slli_epi32(dot_bytes(weights[0], x.high), 8);
+    const __m256i low =
+        _mm256_add_epi32(dot_bytes(weights[0], x.low), _mm256_set1_epi32(x.correction));
+    sums[0] = (I)_mm256_add_epi32(high, low);
+  }
+
+  // Four sums of pairs stay within 16 bits: 4 * 2 * 24 * 128 < 2^15.
+  static JAXMOE_INLINE __m256i dot_bytes(const Weights& weights, const int8_t* bytes) {
+    __m256i sum = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      int32_t dword;
+      std::memcpy(&dword, bytes + 4 * i, sizeof(dword));
+      sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights.of[i], _mm256_set1_epi32(dword)));
+    }
+    return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
   }
 
   template <Format kFormat, int kRows>
@@ -145,6 +184,9 @@ void Isa::stream(const uint8_t* panel, int64_t superblocks, const float* const* 
 
 }  // namespace
 
-void fill_avx2(Kernels& table) { fill_f32<Isa>(table); }
+void fill_avx2(Kernels& table) {
+  fill_f32<Isa>(table);
+  fill_fixed<Isa>(table);
+}
 
 }  // namespace jaxmoe::cpu

@@ -8,27 +8,11 @@ namespace jaxmoe::cpu {
 namespace {
 
 struct Vdpbf16ps {
+  using Half = NoHalf;
   static constexpr int kMinRows = 1;
   static constexpr int kMaxRows = 8;  // of a pass: 8 x 2 accumulators, half a tile
   static constexpr int kMaxStreamRows =
       16;  // two passes; measured crossover with the decoded tiles
-
-  static void run(const uint8_t* b, int k_blocks, const TileRows& a, int64_t first_block, int rows,
-                  float* c, bool first) {
-    static constexpr Function kPass[kMaxRows + 1] = {
-        nullptr, &pass<1>, &pass<2>, &pass<3>, &pass<4>, &pass<5>, &pass<6>, &pass<7>, &pass<8>};
-    for (int tile = 0; tile < rows; tile += TileRows::kTileRows) {
-      const int left = rows - tile;
-      const int valid = left < TileRows::kTileRows ? left : TileRows::kTileRows;
-      const int passes = (valid + kMaxRows - 1) / kMaxRows;
-      for (int p = 0; p < passes; ++p) {
-        const int begin = valid * p / passes, end = valid * (p + 1) / passes;
-        const uint8_t* rows_begin = a.at(tile + begin, first_block * TileRows::kTileK);
-        kPass[end - begin](b, k_blocks, rows_begin, a.planes, a.plane_stride(),
-                           c + (tile + begin) * kPanelLanes, first);
-      }
-    }
-  }
 
   template <Format kFormat>
   static void stream(const uint8_t* panel, int64_t superblocks, const TileRows& a, int rows,
@@ -50,7 +34,34 @@ struct Vdpbf16ps {
     }
   }
 
+  template <class Decode>
+  static void run(Decode decode, const uint8_t* tiles, int64_t superblocks, const TileRows& a,
+                  int rows, float* c) {
+    // Few rows: a smaller chunk leaves L1 to them. Many: a larger one saves trips of c.
+    for_chunks(superblocks, rows <= 32 ? 2 : kMaxChunk, [&](int64_t first, int count) {
+      decode(first, count);
+      multiply(tiles, count * 2, a, first * 2, rows, c, first == 0);
+    });
+  }
+
  private:
+  static void multiply(const uint8_t* b, int k_blocks, const TileRows& a, int64_t first_block,
+                       int rows, float* c, bool first) {
+    static constexpr Function kPass[kMaxRows + 1] = {
+        nullptr, &pass<1>, &pass<2>, &pass<3>, &pass<4>, &pass<5>, &pass<6>, &pass<7>, &pass<8>};
+    for (int tile = 0; tile < rows; tile += TileRows::kTileRows) {
+      const int left = rows - tile;
+      const int valid = left < TileRows::kTileRows ? left : TileRows::kTileRows;
+      const int passes = (valid + kMaxRows - 1) / kMaxRows;
+      for (int p = 0; p < passes; ++p) {
+        const int begin = valid * p / passes, end = valid * (p + 1) / passes;
+        const uint8_t* rows_begin = a.at(tile + begin, first_block * TileRows::kTileK);
+        kPass[end - begin](b, k_blocks, rows_begin, a.planes, a.plane_stride(),
+                           c + (tile + begin) * kPanelLanes, first);
+      }
+    }
+  }
+
   static JAXMOE_INLINE __m512bh broadcast_pair(const uint8_t* pair) {
     int32_t bits;
     std::memcpy(&bits, pair, sizeof(bits));

@@ -3,22 +3,35 @@
 //
 // A chunk of 2 to 4 superblocks is decoded into L1 (8 to 16 KB) as tiles of weights, 1 KB per 32 k
 // and 16 lanes, dword (k pair, lane) holding the bf16 pair (j, j + 4) of its group of eight. Then
-// Multiply runs over all row tiles, keeping 32 x 32 products in its accumulators per pair of row
-// tiles; between chunks the products rest in c (L1/L2). e2m1 times its block scale has at most 6
-// significant bits: exact in bf16. Three planes of activations run over the same weight tiles and
-// make the product exact in f32 up to summation.
+// Multiply, who asks for the chunks, runs over the row tiles; unless its registers hold the
+// products of all rows, they rest in c (L1/L2) between chunks. e2m1 times its block scale has at
+// most 6 significant bits: exact in bf16. Three planes of activations run over the same weight
+// tiles and make the product exact in f32 up to summation.
 //
 // Multiply::run is TDPBF16PS on AMX, or VDPBF16PS where there is none: the same blocking either
 // way.
 #ifndef JAXMOE_CSRC_CPU_KERNEL_TILES_H_
 #define JAXMOE_CSRC_CPU_KERNEL_TILES_H_
 
-#include "cpu/isa_avx512.h"
+#include <type_traits>
+
+#include "cpu/isa_vnni.h"
 
 namespace jaxmoe::cpu {
 namespace {
 
 constexpr int kWeightTileBytes = 1024;  // 32 k x 16 lanes
+constexpr int kMaxChunk = 4;            // superblocks
+static_assert(kMaxChunk * kSuperblockK * kPanelLanes * 2 <= Kernels::kDecodedFloats * 4);
+
+// Calls visit(first, count) for all superblocks, `step` at a time.
+template <class Visit>
+JAXMOE_INLINE void for_chunks(int64_t superblocks, int step, Visit visit) {
+  for (int64_t first = 0; first < superblocks; first += step) {
+    const int64_t left = superblocks - first;
+    visit(first, static_cast<int>(left < step ? left : step));
+  }
+}
 
 // e2m1 as bf16, by five index bits of which the fifth is another code's.
 inline __m512i bf16_values() {
@@ -50,6 +63,33 @@ JAXMOE_INLINE __m512i shifted_pairs(__m512i codes, __m512i exponents) {
   return _mm512_mask_add_epi16(pairs, nonzero, pairs, exponents);
 }
 
+// NVFP4 by way of f16, where a scale is a block's e4m3 bits moved to their places (times 2^-8,
+// exact, subnormals included) and a code times a scale is exact. What is then a normal number or
+// zero becomes bf16 by a shift and a larger exponent; the table that adds it leaves zeros alone.
+// Half multiplies 32 f16 values.
+template <int kIndex, class Half>
+JAXMOE_INLINE __m512i half_pairs(__m512i codes, __m512i scales) {
+  constexpr uint16_t kMore = (112 - 12) << 7;  // f16's bias to bf16's; and 2^12 of the table below
+  alignas(64) static constexpr uint16_t kMagnitudes[32] = {
+      0, 0x6800, 0x6c00, 0x6e00, 0x7000, 0x7200, 0x7400, 0x7600,  // 2^12 |e2m1| as f16
+      0, 0x6800, 0x6c00, 0x6e00, 0x7000, 0x7200, 0x7400, 0x7600,
+      0, 0x6800, 0x6c00, 0x6e00, 0x7000, 0x7200, 0x7400, 0x7600,
+      0, 0x6800, 0x6c00, 0x6e00, 0x7000, 0x7200, 0x7400, 0x7600};
+  constexpr uint16_t kLess = kMore | 0x8000;
+  alignas(64) static constexpr uint16_t kOffsets[32] = {
+      0,      kMore, kMore, kMore, kMore,  kMore, kMore, kMore,  // by code, twice
+      0x8000, kLess, kLess, kLess, kLess,  kLess, kLess, kLess, 0,     kMore, kMore, kMore,
+      kMore,  kMore, kMore, kMore, 0x8000, kLess, kLess, kLess, kLess, kLess, kLess, kLess};
+  const __m512i index = kIndex ? _mm512_srli_epi32(codes, 4 * kIndex) : codes;
+  const __m512i half =
+      Half::multiply_f16(_mm512_permutexvar_epi16(index, _mm512_load_si512(kMagnitudes)), scales);
+  return _mm512_add_epi16(_mm512_srli_epi16(half, 3),
+                          _mm512_permutexvar_epi16(index, _mm512_load_si512(kOffsets)));
+}
+
+// Marks a Multiply whose instruction set has no f16 arithmetic.
+struct NoHalf {};
+
 template <Format kFormat, class Multiply>
 struct PanelTiles {
   using Scale = BlockScale<Isa, kFormat>;
@@ -58,23 +98,20 @@ struct PanelTiles {
   static constexpr int kBytes = superblock_bytes(kFormat);
   static constexpr int kPrefetchBytes = PanelF32<Isa, kFormat>::kPrefetchBytes;
   static constexpr int kGroups = kSuperblockK / 8;
-  static constexpr int kMaxChunk = 4;
-  static_assert(kMaxChunk * kSuperblockK * kPanelLanes * 2 <= Kernels::kDecodedFloats * 4);
+  static constexpr bool kHasHalf = !std::is_same_v<typename Multiply::Half, NoHalf>;
 
   static void run(const uint8_t* panel, int64_t superblocks, const TileRows& a, int rows, float* c,
                   float* scratch) {
     if (rows <= Multiply::kMaxStreamRows)
       return Multiply::template stream<kFormat>(panel, superblocks, a, rows, c);
     uint8_t* tiles = reinterpret_cast<uint8_t*>(scratch);
-    // Few rows: a smaller chunk leaves L1 to them. Many: a larger one saves trips of c.
-    const int64_t step = rows <= 32 ? 2 : kMaxChunk;
-    for (int64_t s = 0; s < superblocks; s += step) {
-      const int64_t left = superblocks - s;
-      const int chunk = static_cast<int>(left < step ? left : step);
-      for (int i = 0; i < chunk; ++i)
-        decode(panel + (s + i) * kBytes, tiles + i * 4 * kWeightTileBytes);
-      Multiply::run(tiles, chunk * 2, a, s * 2, rows, c, s == 0);
-    }
+    Multiply::run(
+        [&](int64_t first, int count) {
+          for (int i = 0; i < count; ++i) {
+            decode(panel + (first + i) * kBytes, tiles + i * 4 * kWeightTileBytes);
+          }
+        },
+        tiles, superblocks, a, rows, c);
   }
 
  private:
@@ -85,11 +122,22 @@ struct PanelTiles {
 
   static void decode(const uint8_t* superblock, uint8_t* tiles) {
     for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(superblock + kPrefetchBytes + i);
+    const __m512i scales = _mm512_loadu_si512(superblock);
     if constexpr (kFormat == Format::kMxfp4) {
-      const __m512i scales = _mm512_loadu_si512(superblock);
       const __m512i from_two = _mm512_sub_epi8(scales, _mm512_set1_epi8(2));
       if (_mm512_cmpgt_epu8_mask(from_two, _mm512_set1_epi8(static_cast<char>(250))) == 0) {
-        return decode_shifted(superblock, tiles);
+        const __m512i one = _mm512_set1_epi16(127 << 7);
+        return decode_by_lanes(superblock, tiles, [&](auto j, __m512i codes, __m512i scale) {
+          return shifted_pairs<j>(codes, _mm512_sub_epi16(scale, one));
+        });
+      }
+    } else if constexpr (kHasHalf) {
+      const __m512i more = _mm512_loadu_si512(superblock + 64);
+      const __m512i least = _mm512_min_epi8(scales, more);
+      if (_mm512_cmple_epi8_mask(least, _mm512_setzero_si512()) == 0) {  // as in every real block
+        return decode_by_lanes(superblock, tiles, [](auto j, __m512i codes, __m512i scale) {
+          return half_pairs<j, typename Multiply::Half>(codes, scale);
+        });
       }
     }
     for (int half = 0; half < 2; ++half) {
@@ -104,20 +152,26 @@ struct PanelTiles {
     }
   }
 
-  static void decode_shifted(const uint8_t* superblock, uint8_t* tiles) {
-    for (int half = 0; half < 2; ++half) {
-      for (int group = 0; group < kGroups; ++group) {
-        const uint8_t* bytes = superblock + group * 8 / kBlock * kPanelLanes + half * 16;
+  // With a lane's scale byte, moved up by 7 bits, in both words of its dword.
+  template <class Function>
+  static JAXMOE_INLINE void decode_by_lanes(const uint8_t* superblock, uint8_t* tiles,
+                                            Function pairs) {
+    for (int block = 0; block < kSuperblockK / kBlock; ++block) {
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* bytes = superblock + block * kPanelLanes + half * 16;
         const __m512i wide =
             _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-        const __m512i both = _mm512_or_si512(wide, _mm512_slli_epi32(wide, 16));
-        const __m512i exponents =
-            _mm512_slli_epi16(_mm512_sub_epi16(both, _mm512_set1_epi16(127)), 7);
-        const __m512i codes =
-            _mm512_loadu_si512(superblock + kScaleBytes + group * 128 + half * 64);
-        unroll(std::make_integer_sequence<int, 4>{}, [&](auto j) JAXMOE_LAMBDA {
-          store_pair(tiles, group, half, j, shifted_pairs<j>(codes, exponents));
-        });
+        const __m512i scale =
+            _mm512_or_si512(_mm512_slli_epi32(wide, 7), _mm512_slli_epi32(wide, 23));
+#pragma GCC unroll 4
+        for (int g = 0; g < kBlock / 8; ++g) {
+          const int group = block * (kBlock / 8) + g;
+          const __m512i codes =
+              _mm512_loadu_si512(superblock + kScaleBytes + group * 128 + half * 64);
+          unroll(std::make_integer_sequence<int, 4>{}, [&](auto j) JAXMOE_LAMBDA {
+            store_pair(tiles, group, half, j, pairs(j, codes, scale));
+          });
+        }
       }
     }
   }
@@ -162,6 +216,7 @@ inline void pack_tile_f32(const float* values, int64_t n, const TileRows& tiles,
 template <class Multiply>
 void fill_tiles(Kernels& table) {
   fill_f32<Isa>(table);
+  fill_fixed<VnniIsa>(table);
   table.panel_tiles[static_cast<int>(Format::kNvfp4)] = &PanelTiles<Format::kNvfp4, Multiply>::run;
   table.panel_tiles[static_cast<int>(Format::kMxfp4)] = &PanelTiles<Format::kMxfp4, Multiply>::run;
   table.min_tile_rows = Multiply::kMinRows;

@@ -39,6 +39,28 @@ struct TileRows {
   static constexpr int kRowBytes = 64;
 };
 
+// Sixteen values as the integer kernels read them: 16-bit integers times one power of two, their
+// upper and lower bytes apart, each byte with a sign. Inside each 8 the order is
+// 0,2,4,6,1,3,5,7: the low nibbles of a dword of codes, then the high ones.
+struct FixedBlock {
+  int8_t high[16];
+  int8_t low[16];
+  float scale;
+  int32_t
+      correction;  // for weights w as unsigned bytes 2 w + 12: -12 times the sum of the integers
+
+  static constexpr int kValues = 16;
+};
+
+// Rows of FixedBlock, one after the other.
+struct FixedRows {
+  const FixedBlock* data = nullptr;
+  int64_t blocks = 0;  // of a row
+};
+
+// Planes of bf16 that hold a value of this type exactly.
+constexpr int tile_planes(Dtype dtype) { return dtype == Dtype::kF32 ? 3 : 1; }
+
 struct ActivationCall {
   Activation activation;
   float product_scale;
@@ -63,6 +85,12 @@ struct Kernels {
                             int rows, float* c, float* scratch);
   PanelF32 panel_f32[kNumFormats] = {};
 
+  // The same on 16-bit integers; null where the variant has none.
+  using PanelFixed = void (*)(const uint8_t* panel, int64_t superblocks, const FixedRows& a,
+                              int rows, float* c);
+  PanelFixed panel_fixed[kNumFormats] = {};
+  int max_fixed_rows = 0;  // a segment with more goes through another kernel
+
   // The same on bf16 tiles; null where the variant has none. `c` has room for rows rounded up to
   // whole tiles.
   using PanelTiles = void (*)(const uint8_t* panel, int64_t superblocks, const TileRows& a,
@@ -78,6 +106,9 @@ struct Kernels {
                         int64_t k) = nullptr;
   void (*pack_tile_bf16)(const uint16_t* values, int64_t n, const TileRows& tiles, int64_t row,
                          int64_t k) = nullptr;
+
+  // The n values, a multiple of 16, as n / 16 blocks.
+  void (*pack_fixed)(const float* values, int64_t n, FixedBlock* blocks) = nullptr;
 
   // Gated: c[r][0..15] = act(gate lanes, up lanes); else c[r][0..31] = act(c[r]). In place.
   void (*activate)(const ActivationCall& call, float* c, int rows) = nullptr;

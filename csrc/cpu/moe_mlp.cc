@@ -26,18 +26,14 @@ constexpr int64_t kSumBytes = int64_t{1} << 20;
 // Below this many multiplications, waking helpers costs more than they bring.
 constexpr int64_t kMinParallelWork = int64_t{1} << 18;
 
-SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, const MoeMlpShape& shape) {
+SegmentRule rule_for(const Kernels& kernels, Dtype dtype, const MoeMlpShape& shape) {
   const int64_t row_bytes = round_up(shape.hidden_size, kSuperblockK) * 4;
   const int64_t fitting =
       kSegmentBytes / std::max<int64_t>(row_bytes, 1) / TileRows::kTileRows * TileRows::kTileRows;
-  SegmentRule rule;
-  rule.has_tiles = kernels.panel_tiles[0] != nullptr;
-  rule.min_tile_rows = kernels.min_tile_rows;
-  rule.max_short_tile_rows = kernels.max_short_tile_rows;
+  SegmentRule rule = segment_rule(kernels, dtype, /*fixed=*/true);
   rule.max_rows_f32 =
       static_cast<int>(std::clamp<int64_t>(fitting, kMinSegmentRows, kMaxSegmentRows));
   rule.max_rows_tiles = kMaxSegmentRows;
-  rule.planes = tile_planes(dtype);
   rule.hidden_columns = round_up(shape.intermediate_size, kSuperblockK);
   return rule;
 }
@@ -62,7 +58,7 @@ class MoeMlpJob : public Job {
         args_(args),
         kernels_(kernels),
         gated_(activation_info(args.activation).gated),
-        rule_(segment_rule(kernels, args.dtype, args.shape)),
+        rule_(rule_for(kernels, args.dtype, args.shape)),
         chunk_(chunk_tokens(rule_, args.shape)),
         gate_up_tasks_(gate_up_tasks(chunk_, threads)),
         group_panels_(group_panels(args.shape, chunk_, threads)),
@@ -112,7 +108,7 @@ class MoeMlpJob : public Job {
   static std::vector<int64_t> phase_tasks(const MoeMlpArgs& args, const Kernels& kernels,
                                           int threads) {
     const MoeMlpShape& shape = args.shape;
-    const SegmentRule rule = segment_rule(kernels, args.dtype, shape);
+    const SegmentRule rule = rule_for(kernels, args.dtype, shape);
     const int64_t chunk = chunk_tokens(rule, shape);
     const int64_t groups =
         ceil_div(ceil_div(shape.hidden_size, kPanelLanes), group_panels(shape, chunk, threads));
@@ -139,9 +135,13 @@ class MoeMlpJob : public Job {
   }
 
   TileRows hidden_tiles(const Segment& segment) const {
-    return {hidden_ + segment.hidden_offset, down_.padded_k() / TileRows::kTileK, segment.planes,
+    return {hidden_ + segment.hidden_offset, down_.padded_k() / TileRows::kTileK, rule_.planes,
             segment.tile_rows};
   }
+  FixedBlock* hidden_blocks(const Segment& segment) const {
+    return reinterpret_cast<FixedBlock*>(hidden_ + segment.hidden_offset);
+  }
+  int64_t blocks_per_row() const { return down_.padded_k() / FixedBlock::kValues; }
   float* hidden_rows(const Segment& segment) const {
     return reinterpret_cast<float*>(hidden_ + segment.hidden_offset);
   }
@@ -150,8 +150,8 @@ class MoeMlpJob : public Job {
                Scratch& scratch) const {
     const MoeMlpShape& shape = args_.shape;
     const Matrix x = {args_.x, args_.dtype, shape.hidden_size};
-    const Operand a = gather(kernels_, segment.tile_rows, x, first_token,
-                             pairs_.tokens.data() + segment.first_row, segment.rows, scratch);
+    const Operand a = gather(kernels_, segment, x, first_token,
+                             pairs_.tokens.data() + segment.first_row, scratch);
     float* c = product_buffer(segment.rows, scratch);
     float bias[kPanelLanes] = {};
     ActivationCall call = {};
@@ -191,27 +191,36 @@ class MoeMlpJob : public Job {
   void store_hidden(const Segment& segment, int64_t panel, const float* c) const {
     const int width = lanes_per_panel();
     const int64_t column = panel * width;
-    if (segment.tile_rows > 0) {
-      const TileRows tiles = hidden_tiles(segment);
-      for (int r = 0; r < segment.rows; ++r) {
-        kernels_.pack_tile_f32(c + r * kPanelLanes, width, tiles, r, column);
-      }
-    } else {
-      float* rows = hidden_rows(segment);
-      for (int r = 0; r < segment.rows; ++r) {
-        std::memcpy(rows + r * down_.padded_k() + column, c + r * kPanelLanes,
-                    width * sizeof(float));
+    for (int r = 0; r < segment.rows; ++r, c += kPanelLanes) {
+      switch (segment.form) {
+        case RowForm::kF32:
+          std::memcpy(hidden_rows(segment) + r * down_.padded_k() + column, c,
+                      width * sizeof(float));
+          break;
+        case RowForm::kFixed:
+          kernels_.pack_fixed(
+              c, width,
+              hidden_blocks(segment) + r * blocks_per_row() + column / FixedBlock::kValues);
+          break;
+        case RowForm::kTiles:
+          kernels_.pack_tile_f32(c, width, hidden_tiles(segment), r, column);
+          break;
       }
     }
   }
 
   void pad_hidden(const Segment& segment) const {
     const int64_t written = gate_up_.panels * lanes_per_panel();
-    if (segment.tile_rows > 0)
+    if (segment.form == RowForm::kTiles)
       return zero_tile_padding(hidden_tiles(segment), segment.rows, written);
     for (int r = 0; r < segment.rows; ++r) {
-      float* row = hidden_rows(segment) + r * down_.padded_k();
-      std::fill(row + written, row + down_.padded_k(), 0.0f);
+      if (segment.form == RowForm::kF32) {
+        float* row = hidden_rows(segment) + r * down_.padded_k();
+        std::fill(row + written, row + down_.padded_k(), 0.0f);
+      } else {
+        FixedBlock* row = hidden_blocks(segment) + r * blocks_per_row();
+        std::fill(row + written / FixedBlock::kValues, row + blocks_per_row(), FixedBlock{});
+      }
     }
   }
 
@@ -225,14 +234,20 @@ class MoeMlpJob : public Job {
     write_out(first_token, tokens, begin * kPanelLanes, sums, stride);
   }
 
+  Operand hidden_operand(const Segment& segment, Scratch& scratch) const {
+    if (segment.form == RowForm::kF32) {
+      return dense_rows(hidden_rows(segment), down_.padded_k(), segment.rows, scratch);
+    }
+    Operand a;
+    a.form = segment.form;
+    a.fixed = {hidden_blocks(segment), blocks_per_row()};
+    a.tiles = hidden_tiles(segment);
+    return a;
+  }
+
   void add_segment(const Segment& segment, int64_t begin, int64_t end, float* sums, int64_t stride,
                    Scratch& scratch) const {
-    Operand a;
-    if (segment.tile_rows > 0) {
-      a.tiles = hidden_tiles(segment);
-    } else {
-      a = dense_rows(hidden_rows(segment), down_.padded_k(), segment.rows, scratch);
-    }
+    const Operand a = hidden_operand(segment, scratch);
     float* c = product_buffer(segment.rows, scratch);
     float bias[kPanelLanes] = {};
     const float* weights = pairs_.weights.data() + segment.first_row;
@@ -307,7 +322,7 @@ int64_t down_bytes(Format format, const MoeMlpShape& shape) {
 }
 
 int64_t moe_mlp_workspace_bytes(const Kernels& kernels, Dtype dtype, const MoeMlpShape& shape) {
-  const SegmentRule rule = segment_rule(kernels, dtype, shape);
+  const SegmentRule rule = rule_for(kernels, dtype, shape);
   return workspace_bytes(rule, shape);
 }
 

@@ -13,16 +13,23 @@ Operand dense_rows(const float* data, int64_t stride, int rows, Scratch& scratch
   return operand;
 }
 
-Operand gather(const Kernels& kernels, int tile_rows, const Matrix& x, int64_t first,
-               const int32_t* indices, int rows, Scratch& scratch) {
+Operand gather(const Kernels& kernels, const Segment& segment, const Matrix& x, int64_t first,
+               const int32_t* indices, Scratch& scratch) {
   const int64_t padded = round_up(x.columns, kSuperblockK);
+  const int rows = segment.rows;
   const auto source = [&](int r) { return x.row(first + (indices ? indices[r] : r)); };
+  const auto wide = [&](int r, float* to) {
+    if (x.dtype == Dtype::kF32) return static_cast<const float*>(source(r));
+    kernels.widen(static_cast<const uint16_t*>(source(r)), to, x.columns);
+    return static_cast<const float*>(to);
+  };
   Operand operand;
-  if (tile_rows > 0) {
+  operand.form = segment.form;
+  if (segment.form == RowForm::kTiles) {
     operand.tiles.planes = tile_planes(x.dtype);
     operand.tiles.k_blocks = padded / TileRows::kTileK;
-    operand.tiles.tile_rows = tile_rows;
-    const int64_t bytes = round_up(rows, tile_rows) * padded * 2 * operand.tiles.planes;
+    operand.tiles.tile_rows = segment.tile_rows;
+    const int64_t bytes = round_up(rows, segment.tile_rows) * padded * 2 * operand.tiles.planes;
     operand.tiles.data = scratch.get<uint8_t>(Scratch::kInput, bytes);
     for (int r = 0; r < rows; ++r) {
       if (x.dtype == Dtype::kBf16) {
@@ -35,6 +42,17 @@ Operand gather(const Kernels& kernels, int tile_rows, const Matrix& x, int64_t f
     zero_tile_padding(operand.tiles, rows, x.columns);
     return operand;
   }
+  if (segment.form == RowForm::kFixed) {
+    const int64_t used = x.columns / FixedBlock::kValues, blocks = padded / FixedBlock::kValues;
+    FixedBlock* data = scratch.get<FixedBlock>(Scratch::kInput, rows * blocks);
+    float* row = scratch.get<float>(Scratch::kWide, x.columns);
+    for (int r = 0; r < rows; ++r) {
+      kernels.pack_fixed(wide(r, row), x.columns, data + r * blocks);
+      std::fill(data + r * blocks + used, data + (r + 1) * blocks, FixedBlock{});
+    }
+    operand.fixed = {data, blocks};
+    return operand;
+  }
   if (x.dtype == Dtype::kF32 && x.columns == padded) {
     const float** pointers = scratch.get<const float*>(Scratch::kPointers, rows);
     for (int r = 0; r < rows; ++r) pointers[r] = static_cast<const float*>(source(r));
@@ -44,10 +62,8 @@ Operand gather(const Kernels& kernels, int tile_rows, const Matrix& x, int64_t f
   float* copy = scratch.get<float>(Scratch::kInput, rows * padded);
   for (int r = 0; r < rows; ++r) {
     float* row = copy + r * padded;
-    if (x.dtype == Dtype::kBf16) {
-      kernels.widen(static_cast<const uint16_t*>(source(r)), row, x.columns);
-    } else {
-      std::memcpy(row, source(r), x.columns * sizeof(float));
+    if (const float* values = wide(r, row); values != row) {
+      std::memcpy(row, values, x.columns * sizeof(float));
     }
     std::fill(row + x.columns, row + padded, 0.0f);
   }
@@ -77,10 +93,13 @@ void multiply_panel(const Kernels& kernels, Format format, const uint8_t* panel,
                     Scratch& scratch) {
   float* decoded = scratch.get<float>(Scratch::kWeights, Kernels::kDecodedFloats);
   const int index = static_cast<int>(format);
-  if (a.is_tiles()) {
-    kernels.panel_tiles[index](panel, geometry.superblocks, a.tiles, rows, c, decoded);
-  } else {
-    kernels.panel_f32[index](panel, geometry.superblocks, a.rows, rows, c, decoded);
+  switch (a.form) {
+    case RowForm::kF32:
+      return kernels.panel_f32[index](panel, geometry.superblocks, a.rows, rows, c, decoded);
+    case RowForm::kFixed:
+      return kernels.panel_fixed[index](panel, geometry.superblocks, a.fixed, rows, c);
+    case RowForm::kTiles:
+      return kernels.panel_tiles[index](panel, geometry.superblocks, a.tiles, rows, c, decoded);
   }
 }
 

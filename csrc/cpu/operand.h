@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/layout.h"
+#include "cpu/routing.h"
 #include "cpu/threads.h"
 
 namespace jaxmoe::cpu {
@@ -20,21 +21,18 @@ struct Matrix {
   }
 };
 
-// Exactly one is used: pointers to f32 rows, or bf16 tiles. Both are padded with zeros to whole
-// superblocks.
+// The member that `form` says is used. All are padded with zeros to whole superblocks.
 struct Operand {
+  RowForm form = RowForm::kF32;
   const float* const* rows = nullptr;
+  FixedRows fixed;
   TileRows tiles;
-  bool is_tiles() const { return rows == nullptr; }
 };
 
-// Planes of bf16 that hold a value of this type exactly.
-constexpr int tile_planes(Dtype dtype) { return dtype == Dtype::kF32 ? 3 : 1; }
-
-// f32 rows if tile_rows is 0. Row i of the operand is row first + i of x, or row first +
-// indices[i]. The result lives in `scratch` (slots kInput and kPointers), or in x itself.
-Operand gather(const Kernels& kernels, int tile_rows, const Matrix& x, int64_t first,
-               const int32_t* indices, int rows, Scratch& scratch);
+// Row i of the operand is row first + i of x, or row first + indices[i], for the rows of the
+// segment. The result lives in `scratch` (slots kInput, kPointers and kWide), or in x itself.
+Operand gather(const Kernels& kernels, const Segment& segment, const Matrix& x, int64_t first,
+               const int32_t* indices, Scratch& scratch);
 
 // Row pointers to `rows` dense rows of `stride` floats.
 Operand dense_rows(const float* data, int64_t stride, int rows, Scratch& scratch);

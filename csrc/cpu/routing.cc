@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "cpu/kernels.h"
 #include "cpu/layout.h"
 
 namespace jaxmoe::cpu {
@@ -14,35 +13,54 @@ constexpr int64_t kDecodeRows = 6;
 }  // namespace
 
 int64_t SegmentRule::hidden_bytes(const Segment& segment) const {
-  if (segment.tile_rows == 0) return segment.rows * hidden_columns * 4;
-  return round_up(segment.rows, segment.tile_rows) * hidden_columns * 2 * segment.planes;
+  switch (segment.form) {
+    case RowForm::kF32:
+      return segment.rows * hidden_columns * 4;
+    case RowForm::kFixed:
+      return round_up(
+          segment.rows * hidden_columns / FixedBlock::kValues * int64_t{sizeof(FixedBlock)}, 64);
+    case RowForm::kTiles:
+      break;
+  }
+  return round_up(segment.rows, segment.tile_rows) * hidden_columns * 2 * planes;
 }
 
 int64_t SegmentRule::hidden_bytes_bound(int64_t rows, int64_t experts) const {
   if (!has_tiles) return rows * hidden_columns * 4;
-  // Every row in tiles, one partial tile for each expert that has enough rows for tiles of 16; and,
-  // for experts with few rows, f32 or up to three planes instead.
+  // Every row in tiles, one partial tile for each expert that has enough rows for them; and, for
+  // experts with few rows, f32 (the larger of the other forms) instead.
+  const int few = std::max(max_fixed_rows, min_tile_rows - 1);
   const int64_t padded_rows =
-      rows + std::min(experts, rows / (kPreciseRows + 1)) * (TileRows::kTileRows - 1);
-  const int64_t precise_rows = std::min(rows, experts * kPreciseRows);
-  return padded_rows * hidden_columns * 2 * planes + precise_rows * hidden_columns * 4;
+      rows + std::min(experts, rows / (few + 1)) * (TileRows::kTileRows - 1);
+  return padded_rows * hidden_columns * 2 * planes +
+         std::min(rows, experts * few) * hidden_columns * 4;
+}
+
+SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, bool fixed) {
+  SegmentRule rule;
+  rule.has_tiles = kernels.panel_tiles[0] != nullptr;
+  rule.max_fixed_rows = fixed && dtype == Dtype::kBf16 ? kernels.max_fixed_rows : 0;
+  rule.min_tile_rows = kernels.min_tile_rows;
+  rule.max_short_tile_rows = kernels.max_short_tile_rows;
+  rule.planes = tile_planes(dtype);
+  return rule;
 }
 
 int64_t append_segments(const SegmentRule& rule, int64_t expert, int64_t first_row, int64_t rows,
                         int64_t hidden_offset, std::vector<Segment>& segments) {
   if (rows == 0) return hidden_offset;
-  const bool tiles = rule.has_tiles && rows >= rule.min_tile_rows;
-  const int tile_rows = !tiles                             ? 0
-                        : rows <= rule.max_short_tile_rows ? static_cast<int>(rows)
-                                                           : TileRows::kTileRows;
-  const int planes = rows <= kPreciseRows ? std::max(rule.planes, 2) : rule.planes;
-  const int64_t max_rows = tiles ? rule.max_rows_tiles : rule.max_rows_f32;
+  const RowForm form = rows <= rule.max_fixed_rows                    ? RowForm::kFixed
+                       : rule.has_tiles && rows >= rule.min_tile_rows ? RowForm::kTiles
+                                                                      : RowForm::kF32;
+  const int tile_rows =
+      rows <= rule.max_short_tile_rows ? static_cast<int>(rows) : TileRows::kTileRows;
+  const int64_t max_rows = form == RowForm::kTiles ? rule.max_rows_tiles : rule.max_rows_f32;
   const int64_t count = ceil_div(rows, max_rows);
   // Equal shares in whole tiles, so that only an expert's last tile is partial.
   const int64_t share = std::min(max_rows, round_up(ceil_div(rows, count), TileRows::kTileRows));
   for (int64_t done = 0; done < rows; done += share) {
     const int here = static_cast<int>(std::min(share, rows - done));
-    segments.push_back({expert, first_row + done, here, tile_rows, planes, hidden_offset});
+    segments.push_back({expert, first_row + done, here, form, tile_rows, hidden_offset});
     hidden_offset += rule.hidden_bytes(segments.back());
   }
   return hidden_offset;

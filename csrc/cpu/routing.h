@@ -5,21 +5,31 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/kernels.h"
+
 namespace jaxmoe::cpu {
+
+// The form in which a kernel reads rows of activations.
+enum class RowForm {
+  kF32,
+  kFixed,  // FixedBlock
+  kTiles,  // TileRows
+};
 
 // Consecutive rows of one expert that go through one kernel together.
 struct Segment {
   int64_t expert;
   int64_t first_row;  // in the order sorted by expert
   int rows;
-  int tile_rows;          // 0: f32 rows
-  int planes;             // of the activations between the GEMMs, in tiles
+  RowForm form;
+  int tile_rows;          // of kTiles
   int64_t hidden_offset;  // of its first activation in the workspace, bytes
 };
 
 // How a kernel wants its rows cut.
 struct SegmentRule {
   bool has_tiles = false;
+  int max_fixed_rows = 0;
   int min_tile_rows = 0;
   int max_short_tile_rows = 0;
   int max_rows_f32 = 0;  // of a segment; multiples of 16
@@ -32,9 +42,9 @@ struct SegmentRule {
   int64_t hidden_bytes_bound(int64_t rows, int64_t experts) const;
 };
 
-// Rows of an expert up to which activations between the GEMMs keep 16 bits or more: such products
-// are bound by the weights' bandwidth. With more rows and bf16 inputs they are rounded to bf16.
-inline constexpr int kPreciseRows = 4;
+// The rule for a table of kernels, inputs of this type, and results that may (or may not) have an
+// error of 2^-16 of the largest of 16 inputs.
+SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, bool fixed);
 
 // Appends the segments of an expert's rows; returns the workspace offset behind them.
 int64_t append_segments(const SegmentRule& rule, int64_t expert, int64_t first_row, int64_t rows,

@@ -29,7 +29,7 @@ class Executor {
 // initialised.
 class Scratch {
  public:
-  enum Slot { kInput, kPointers, kProduct, kWeights, kOutput, kOnes, kNumSlots };
+  enum Slot { kInput, kPointers, kWide, kProduct, kWeights, kOutput, kOnes, kNumSlots };
 
   template <class T>
   T* get(Slot slot, int64_t count) {

@@ -9,6 +9,7 @@ using All = Instances<Config, GemmRun, GemmArgs, Format::kNvfp4, Format::kMxfp4>
 
 }  // namespace
 
+// A tactic of the Hopper library too.
 const Tactic kMma8 = {"mma8", All::smem_bytes, false, All::run};
 
 }  // namespace jaxmoe::sm80

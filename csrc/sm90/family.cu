@@ -1,6 +1,7 @@
 // Which tactics the Hopper library has, and which of them runs where none is named.
 #include <algorithm>
 
+#include "sm80/tactics.h"
 #include "sm90/tactics.h"
 
 namespace jaxmoe::sm90 {
@@ -10,7 +11,9 @@ namespace {
 // (docs/performance.md).
 const Tactic* product_tactic(Format format, int64_t rows, int64_t experts) {
   const int64_t mean = rows / std::max<int64_t>(1, std::min(rows, experts));
-  if (rows <= 16 && !is_fp8(format)) return &kDecode;
+  const bool nvfp4 = format == Format::kNvfp4;
+  if (rows <= (nvfp4 ? 4 : 16) && !is_fp8(format)) return &kDecode;
+  if (mean <= 1 && nvfp4) return &sm80::kMma8;
   if (mean <= 48) return &kWgmma64;
   if (mean >= 100 && mean <= 160) return &kWgmma192;
   return mean < (is_fp8(format) ? 160 : 320) ? &kWgmma128 : &kWgmma256;
@@ -38,14 +41,17 @@ bool prefers_fused(Format format, const MlpShape& s, bool gated) {
 
 const Tactic* mlp_tactic(Format format, const MlpShape& s, bool gated) {
   if (prefers_fused(format, s, gated)) return &kFused;
-  const Tactic* tactic = product_tactic(format, s.tokens * s.top_k, s.experts);
-  return tactic == &kWgmma64 && suits(format, s, gated, 8) ? &kWgmma64Tall : tactic;
+  const int64_t rows = s.tokens * s.top_k;
+  if (s.tokens == 1 && rows <= 16 && !is_fp8(format)) return &kDecode;
+  const Tactic* tactic = product_tactic(format, rows, s.experts);
+  if (tactic != &kWgmma64 || !suits(format, s, gated, 8)) return tactic;
+  return format == Format::kNvfp4 && rows < 3 * s.experts ? &sm80::kMma8 : &kWgmma64Tall;
 }
 
 }  // namespace
 
 const Family kFamily = {
-    {&kFused, &kDecode, &kWgmma64, &kWgmma64Tall, &kWgmma128, &kWgmma192, &kWgmma256},
+    {&kFused, &kDecode, &sm80::kMma8, &kWgmma64, &kWgmma64Tall, &kWgmma128, &kWgmma192, &kWgmma256},
     product_tactic,
     mlp_tactic,
     quantize_rows};

@@ -222,15 +222,17 @@ def _plans(
         try:
             chosen = kernels.select(problem, None if name == AUTO else name)
         except UnsupportedError as error:
-            refused.append((name, _first_reason(error.resolution)))
+            refused.append((name, _refusal(error.resolution)))
             continue
         variant = str(chosen.selected)
         plans[variant] = _Plan(variant, str(chosen.layout), str(chosen.compute))
     return list(plans.values()), refused
 
 
-def _first_reason(resolution: Resolution) -> str:
-    return "; ".join(dict.fromkeys(rejection.detail for rejection in resolution.rejected))
+def _refusal(resolution: Resolution) -> str:
+    if len(resolution.rejected) == 1:
+        return resolution.rejected[0].detail
+    return f"no variant can; {resolution.hint}; `jaxmoe explain` has every reason"
 
 
 def _weights(

@@ -201,6 +201,7 @@ def _arithmetic(compute: str, *weight_formats: str) -> frozenset[tuple[str, str]
 
 _HALF = frozenset({"bfloat16", "float16"})
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c"})
+_AVX512_BF16 = _AVX512 | {"avx512vbmi", "avx512_vnni", "avx512_bf16"}
 _W4A16 = _arithmetic("w4a16", "nvfp4", "mxfp4")
 
 
@@ -326,7 +327,8 @@ TABLE: tuple[Row, ...] = (
         max_experts=1024,
         smem_bytes=231592,
         input_scales=True,
-        evidence="compiled",
+        evidence="hardware",
+        record="docs/evidence/sm90-h100.md",
     ),
     _sm90(
         "sm90_w4a16",
@@ -351,7 +353,8 @@ TABLE: tuple[Row, ...] = (
         max_experts=1024,
         smem_bytes=100520,
         layout="sm90_fragment",  # a warp's A fragments of wgmma are those of mma.sync
-        evidence="compiled",
+        evidence="hardware",
+        record="docs/evidence/sm80-h100.md",
     ),
     _elsewhere(
         "trtllm_gen",
@@ -393,13 +396,13 @@ TABLE: tuple[Row, ...] = (
     *map(_emulated, _BLACKWELL),
     _cpu(
         "cpu_amx",
-        _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+        _AVX512_BF16 | {"avx512_fp16", "amx_tile", "amx_bf16"},
         ("bfloat16", "float32"),
         "weights scaled exactly to bf16, AMX tiles (f32 activations as three bf16 terms)",
     ),
     _cpu(
         "cpu_avx512_bf16",
-        _AVX512 | {"avx512_bf16"},
+        _AVX512_BF16,
         ("bfloat16",),
         "weights scaled exactly to bf16, vdpbf16ps",
     ),

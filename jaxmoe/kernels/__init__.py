@@ -18,7 +18,7 @@ import jax
 from jaxmoe import capability, tuning
 from jaxmoe.capability import TABLE, Problem, Resolution, Row
 from jaxmoe.experts import CANONICAL, ExpertWeights, PreparedMatrix, format_of, is_plain
-from jaxmoe.kernels import cpu, layouts, xla
+from jaxmoe.kernels import cpu, layouts, panel, xla
 from jaxmoe.kernels.gpu import GPU_FAMILIES
 from jaxmoe.kernels.xla import MlpConfig
 from jaxmoe.quantization import QuantizedTensor
@@ -124,7 +124,10 @@ def layout_for(
 
 def to_layout(w: Any, layout: str, *, gated: bool) -> PreparedMatrix:
     """A canonical matrix in another layout."""
-    return layouts.pack(w, layout, gated)
+    packed = layouts.pack(w, layout, gated)
+    if layout == panel.NAME:
+        cpu.use_huge_pages(packed.data)
+    return packed
 
 
 def lay_out(weights: Any, resolution: Resolution, gated: bool) -> Any:

@@ -42,6 +42,21 @@ def self_test(variant: str) -> str:
     return _native().self_test(variant)
 
 
+def use_huge_pages(data: jax.Array) -> None:
+    """Moves an array in this machine's memory to huge pages, where the system does that.
+
+    XLA allocates on pages of 4 KB, from which weights stream 10 to 25 % slower.
+    """
+    module, _ = library()
+    if module is None or isinstance(data, jax.core.Tracer):
+        return
+    for shard in data.addressable_shards:
+        if shard.device.platform == "cpu":
+            module.use_huge_pages(
+                shard.data.block_until_ready().unsafe_buffer_pointer(), shard.data.nbytes
+            )
+
+
 def moe_mlp(config: MlpConfig, variant: str, *operands: Any) -> jax.Array:
     """One custom call for the whole expert MLP; the operands are those of `xla.moe_mlp`."""
     return native.moe_mlp(_native(), MOE_MLP, config, variant, *operands)

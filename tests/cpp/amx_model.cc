@@ -25,6 +25,16 @@ struct ModelTiles {
   static void configure() { registers().configured = true; }
   static void release() { registers().configured = false; }
 
+  static __m512i multiply_f16(__m512i a, __m512i b) {
+    const auto product = [](__m256i x, __m256i y) {
+      return _mm512_cvtps_ph(_mm512_mul_ps(_mm512_cvtph_ps(x), _mm512_cvtph_ps(y)),
+                             _MM_FROUND_TO_NEAREST_INT);
+    };
+    const __m256i low = product(_mm512_castsi512_si256(a), _mm512_castsi512_si256(b));
+    const __m256i high = product(_mm512_extracti64x4_epi64(a, 1), _mm512_extracti64x4_epi64(b, 1));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
+
   template <int kTile>
   static void zero() {
     std::memset(tile(kTile), 0, 1024);

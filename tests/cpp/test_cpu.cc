@@ -16,6 +16,7 @@
 #include "cpu/features.h"
 #include "cpu/grouped_matmul.h"
 #include "cpu/kernels.h"
+#include "cpu/layout.h"
 #include "cpu/moe_mlp.h"
 #include "reference.h"
 #include "thread_pool.h"
@@ -542,6 +543,102 @@ void test_every_scale() {
   }
 }
 
+// The kernels on 16-bit integers, before anything is rounded to bf16: values of every size, a few
+// of them large, and integers that must come out exactly.
+void test_fixed() {
+  enum { kNormal, kOutliers, kWhole };
+  constexpr int64_t kColumns = 1088, kSuperblocks = kColumns / kSuperblockK;
+  Random random(9);
+  for (const Kind& kind : runnable) {
+    if (!kind.table->panel_fixed[0]) continue;
+    for (const Format format : {Format::kNvfp4, Format::kMxfp4}) {
+      for (const int values : {kNormal, kOutliers, kWhole}) {
+        for (int rows = 1; rows <= kind.table->max_fixed_rows; ++rows) {
+          const Grid grid = values == kWhole ? Grid::kExact : Grid::kOrdinary;
+          const reference::Weights w =
+              reference::random_weights(format, 1, kPanelLanes, kColumns, grid, random);
+          const std::vector<uint8_t> packed = w.pack(false);
+          std::vector<float> x;
+          for (int64_t i = 0; i < rows * kColumns; ++i) {
+            const double size = values == kOutliers && i % 64 == 5 ? 30 : 1;
+            const double normal = std::normal_distribution<double>(0, size)(random);
+            x.push_back(static_cast<float>(values == kWhole ? std::round(normal * 8) : normal));
+          }
+          const int64_t blocks = kColumns / FixedBlock::kValues;
+          std::vector<FixedBlock> fixed(rows * blocks);
+          for (int r = 0; r < rows; ++r) {
+            kind.table->pack_fixed(x.data() + r * kColumns, kColumns, fixed.data() + r * blocks);
+          }
+          std::vector<float> c(rows * kPanelLanes, kPoison);
+          kind.table->panel_fixed[static_cast<int>(format)](packed.data(), kSuperblocks,
+                                                            {fixed.data(), blocks}, rows, c.data());
+          std::vector<double> got, want;
+          for (int r = 0; r < rows; ++r) {
+            for (int lane = 0; lane < kPanelLanes; ++lane) {
+              double sum = 0;
+              for (int64_t k = 0; k < kColumns; ++k) {
+                sum += w.value(0, lane, k) * x[r * kColumns + k];
+              }
+              want.push_back(sum);
+              got.push_back(static_cast<double>(c[r * kPanelLanes + lane]) *
+                            kProductExponent[static_cast<int>(format)] * w.global[0]);
+            }
+          }
+          const std::string name = kind.label + " fixed " + format_name(format) + " rows " +
+                                   std::to_string(rows) + " values " + std::to_string(values);
+          if (values == kWhole) {
+            expect(got == want, name + ": exact");
+          } else {
+            expect_below(reference::relative_error(got, want), values == kNormal ? 6e-5 : 1e-4,
+                         name);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Each power of two and its neighbours: no byte overflows, and what is beyond f32 poisons its
+// block.
+void test_fixed_range() {
+  for (const Kind& kind : runnable) {
+    if (!kind.table->pack_fixed) continue;
+    const auto error = [&](const std::vector<float>& x) {
+      FixedBlock block;
+      kind.table->pack_fixed(x.data(), 16, &block);
+      static constexpr int kOrder[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+      double largest = 0, worst = 0;
+      int32_t sum = 0;
+      for (int i = 0; i < 16; ++i) {
+        const int32_t integer = block.high[i] * 256 + block.low[i];
+        sum += integer;
+        const double value = x[kOrder[i]];
+        worst = std::max(worst, std::abs(2.0 * integer * block.scale - value));
+        largest = std::max(largest, std::abs(value));
+      }
+      if (std::isnan(block.scale)) return static_cast<double>(kPoison);
+      expect(block.correction == -12 * sum, kind.label + ": correction");
+      return worst / largest;
+    };
+    for (int exponent = -100; exponent < 128; ++exponent) {
+      for (const float factor : {1.0f, 1.5f, 1.99212f, 1.99215f, 1.9922f, 1.9999999f}) {
+        for (const float sign : {1.0f, -1.0f}) {
+          const float large = std::ldexp(sign * factor, exponent);
+          std::vector<float> x;
+          for (int i = 0; i < 16; ++i) x.push_back(large * (static_cast<float>(16 - i) / 16));
+          expect_below(error(x), std::ldexp(1.0, -14), kind.label + ": 15 bits");
+        }
+      }
+    }
+    for (const float bad : {kPoison, std::numeric_limits<float>::infinity()}) {
+      std::vector<float> x(16, 1.0f);
+      x[7] = -bad;
+      expect(std::isnan(error(x)), kind.label + ": a block with an infinity or a NaN is NaN");
+    }
+    expect(error(std::vector<float>(16, 0.0f)) != 0.0, kind.label + ": zeros");  // 0 / 0
+  }
+}
+
 // The thread's floating-point mode must not reach the result, and must be as before.
 void test_float_mode() {
 #if defined(__x86_64__)
@@ -635,6 +732,8 @@ int main() {
       {"chunks", &test_many_tokens_in_chunks},
       {"grouped_matmul", &test_grouped_matmul},
       {"every_scale", &test_every_scale},
+      {"fixed", &test_fixed},
+      {"fixed_range", &test_fixed_range},
       {"float_mode", &test_float_mode},
       {"executors", &test_executors},
   };

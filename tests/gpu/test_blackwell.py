@@ -21,6 +21,7 @@ from suite import (
     BLOCK_SCALED,
     COMPUTE,
     EMULATED,
+    activation_arrays,
     aligned,
     assert_matches,
     assert_same_bits,
@@ -134,7 +135,7 @@ def test_tile_edges(variant, tactic, tokens):
 @every_tactic
 @pytest.mark.parametrize("routing", ["uniform", "hot", "sparse", "skewed"])
 def test_many_experts(variant, tactic, routing):
-    for tokens in (1, 9, 64, 200):
+    for tokens in (0, 1, 9, 64, 200, 1024):
         problem = problem_of(
             variant, tokens=tokens, num_experts=128, top_k=8, routing=routing, hidden_size=256,
             intermediate_size=192, bias=tokens == 9, input_scales=tokens == 64,
@@ -300,18 +301,25 @@ def test_poisoned_buffers(variant, tactic):
         assert_same_bits(clean, run_tactic(variant, problem, tactic))
 
 
-@every_variant
+@every_tactic
 def test_layers_in_a_row_may_become_a_cuda_graph(variant, tactic):
     """A chain of calls, run often enough for XLA to record and replay it, with changing inputs."""
     spec = Spec(tokens=33, num_experts=16, top_k=4, hidden_size=256, intermediate_size=96)
-    calls = [problem_of(variant, spec, seed=s).call_args() for s in range(4)]
+    batch = [problem_of(variant, spec, seed=s) for s in range(4)]
+    calls = [problem.call_args() for problem in batch]
     weights = prepared(calls[0][1], variant, True)
     assert weights.layout == block_scaled.NAME
+    params = jnp.stack(activation_arrays(batch[0]))
+
+    def layer(x, ids, w):
+        if tactic:
+            call = families.by_tactic(variant, "swiglu", False, tactic)
+            return call(x, weights, ids, w, params, jnp.int32(0))
+        return jaxmoe.moe_mlp(x, weights, ids, w, compute=COMPUTE[variant], implementation=variant)
 
     def model(x, ids, w):
         for _ in range(6):  # XLA records sequences of at least five commands by default
-            y = jaxmoe.moe_mlp(x, weights, ids, w, compute=COMPUTE[variant], implementation=variant)
-            x = jnp.clip(x + y, -4, 4)
+            x = jnp.clip(x + layer(x, ids, w), -4, 4)
         return x
 
     inputs = [(x, ids, w) for x, _, ids, w in calls]
