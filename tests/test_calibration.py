@@ -121,7 +121,7 @@ def test_amax_is_that_of_a_decoder_in_numpy(folder, expected):
     assert seen == [(1, 3), (2, 3), (3, 3)]
     names = {n.removesuffix(".weight") for n in checkpoint.load(folder / "model.safetensors")}
     assert set(amax) == {n for n in names if n.endswith("_proj") and ".mlp." in n}
-    assert set(amax) == models.calibrated(folder)
+    assert set(amax) == models.calibrated_modules(folder)
     missing = set(amax) - set(expected)
     assert {f"model.layers.0.mlp.experts.3.{n}_proj" for n in ("gate", "up", "down")} <= missing
     for module, value in amax.items():
@@ -208,7 +208,7 @@ def test_quantize_with_calibration(run, source, tmp_path, layout, ending, invers
                 value = opened.tensor(name)
                 assert value.dtype == np.float32
                 stored[name.removesuffix(f".{ending}")] = float(value.reshape(()))
-    assert set(stored) == models.calibrated(source)
+    assert set(stored) == models.calibrated_modules(source)
     for module, amax in expected.items():
         scale = amax / (448 * 6)
         assert stored[module] == pytest.approx(1 / scale if inverse else scale, rel=1e-5)

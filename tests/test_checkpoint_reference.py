@@ -224,6 +224,20 @@ class TestModelopt:
         nibbles = (theirs._quantized_data == tensors[f"{module}.weight"]).float().mean()
         assert nibbles > 0.999  # it keeps no sign of a zero
 
+    def test_modelopts_input_scale_is_that_of_calibration(self):
+        from jaxmoe.cli._calibrate import LARGEST
+
+        qtensor = tool("modelopt.torch.quantization.qtensor")
+        nn = tool("modelopt.torch.quantization.nn")
+        config = tool("modelopt.torch.quantization.config")
+        block = {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}
+        quantizer = nn.TensorQuantizer(
+            config.QuantizerAttributeConfig(num_bits=(2, 1), block_sizes=block)
+        )
+        quantizer.amax = torch.tensor(3.7)
+        theirs = qtensor.NVFP4QTensor.get_activation_scaling_factor(quantizer)
+        assert float(theirs) == pytest.approx(float(np.float32(3.7)) / LARGEST, rel=2.0**-23)
+
     def test_the_configuration_has_modelopts_keys(self, folder):
         converted = tool("modelopt.torch.export.convert_hf_config").convert_hf_quant_config_format(
             json.loads((folder / "hf_quant_config.json").read_text())

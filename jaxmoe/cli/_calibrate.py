@@ -42,7 +42,7 @@ def input_scales(
 ) -> dict[str, float]:
     """The scale of each module's input, from the note if it is of the same job."""
     models = need("jaxmoe.models", "cli")
-    if unknown := sorted(set(modules) - models.calibrated(folder.path)):
+    if unknown := sorted(set(modules) - models.calibrated_modules(folder.path)):
         raise FailureError(
             f"{len(unknown)} of {len(modules)} modules are no matrices of experts or MLPs, whose "
             f"inputs alone are calibrated (the first is {unknown[0]!r}); leave them out with "

@@ -13,7 +13,7 @@ from jaxmoe.models._architecture import Experts as Experts
 from jaxmoe.models._architecture import LatentAttention as LatentAttention
 from jaxmoe.models._architecture import Layer as Layer
 from jaxmoe.models._cache import Cache as Cache
-from jaxmoe.models._calibration import calibrated as calibrated
+from jaxmoe.models._calibration import calibrated_modules as calibrated_modules
 from jaxmoe.models._calibration import input_amax as input_amax
 from jaxmoe.models._config import DecoderConfig as DecoderConfig
 from jaxmoe.models._decoder import Decoder as Decoder

@@ -107,6 +107,7 @@ def input_amax(
                     path, f"layer {index} is {block.moe.weight_format}; calibrate the plain model"
                 )
             graph, weights = nnx.split(block)
+            del block
             largest: dict[str, Any] = {}
             for i, (x, count) in enumerate(states):
                 x, amax = _layer(graph, weights, x, count)
@@ -114,12 +115,13 @@ def input_amax(
                 largest = jax.tree.map(np.maximum, amax, largest or amax)
             for part, values in largest.items():
                 found |= _named(path, names, index, part, np.asarray(values, np.float64))
+            del weights  # before the next layer is read
             if progress is not None:
                 progress(index + 1, config.num_layers)
     return found
 
 
-def calibrated(folder: str | os.PathLike[str]) -> frozenset[str]:
+def calibrated_modules(folder: str | os.PathLike[str]) -> frozenset[str]:
     """The modules that `input_amax` gives values for."""
     path = Path(folder)
     with open_folder(path) as source:
