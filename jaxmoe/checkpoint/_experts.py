@@ -237,21 +237,26 @@ class _Stacks:
             )
             for device, owned in _owned(sharding, (count,)).items()
         }
+        self.sent: list[Any] = []
         self.on_host = any(
             device.platform == "cpu" for _, a in self.parts.values() for device in a[0].devices()
         )
 
     def put(self, e: int, leaves: Sequence[np.ndarray]) -> None:
         """Puts experts from `e` on, leaves `[experts, ...]`, where they belong."""
+        sent = []
         for device, (owned, buffers) in self.parts.items():
             start, stop = max(e, owned.start), min(e + len(leaves[0]), owned.stop)
             if start < stop:
                 mine = [leaf[start - e : stop - e] for leaf in leaves]
                 values, at = jax.device_put((mine, np.int32(start - owned.start)), device)
                 buffers = _set(buffers, values, at)
-                # Awaited, so that the host holds no more than what was read ahead.
-                jax.block_until_ready(buffers if self.on_host else values)
                 self.parts[device] = owned, buffers
+                sent.append(buffers if self.on_host else values)
+        # Awaited, so that the host holds no more than what was read ahead: at once where it is the
+        # device, else while the next experts are on their way.
+        jax.block_until_ready(sent if self.on_host else self.sent)
+        self.sent = sent
 
     def result(self) -> list[jax.Array]:
         """The arrays."""
