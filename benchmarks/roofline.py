@@ -3,9 +3,10 @@
     python benchmarks/roofline.py results/nvidia-h100-80gb-hbm3.json -o roofline.png
 
 x: FLOPs for each packed FP4 byte that a call touches, y: TFLOP/s. One marker a layer, one colour a
-format and arithmetic; the newest row of each, of programs where there are any. The roofs are the
-ceilings of the newest rows. Grey: the peers in `peers/` for that device, at the intensity of the
-same layer and T. Needs matplotlib: pip install 'jaxmoe[bench]'.
+format and arithmetic; the newest row of each, of programs where there are any, else of CUDA graphs,
+else of dispatched calls. `--implementation` draws one alone. The roofs are the ceilings of the
+newest rows. Grey: the peers in `peers/` for that device, at the intensity of the same layer and T.
+Needs matplotlib: pip install 'jaxmoe[bench]'.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from jaxmoe import benchmark
 
 _KEYS = ("device", "layer", "format", "compute", "implementation", "mode", "T", "us", "gbps",
          "tflops", "bandwidth_gbps", "peak_tflops")  # fmt: skip
+_MODES = ("program", "graph", "dispatch")
 _MARKERS = "osD^vP*X<>"
 _GREYS = {"best kernel": "0.35", "JAX library": "0.6", "ragged_dot": "0.8"}
 
 
-def read_device(path: os.PathLike[str] | str) -> list[dict[str, Any]]:
-    """The rows of a file with one device's measurements.
+def read_device(
+    path: os.PathLike[str] | str, implementations: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The rows of a file with one device's measurements, of all implementations or of some.
 
     Raises:
       ValueError: there are none, a row lacks a key, or they are of several devices.
@@ -40,6 +44,9 @@ def read_device(path: os.PathLike[str] | str) -> list[dict[str, Any]]:
         raise ValueError(
             f"{os.fspath(path)}: must hold rows of one device, got {', '.join(devices) or 'none'}"
         )
+    rows = [r for r in rows if not implementations or r["implementation"] in implementations]
+    if not rows:
+        raise ValueError(f"{os.fspath(path)}: no rows of {', '.join(implementations)}")
     return rows
 
 
@@ -50,7 +57,7 @@ def series(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], list[Mapp
         key = (row["layer"], row["format"], row["compute"], row["implementation"])
         by_mode.setdefault(key, {}).setdefault(row["mode"], {})[row["T"]] = row
     return {
-        key: [of for _, of in sorted((modes.get("program") or modes["dispatch"]).items())]
+        key: [of for _, of in sorted(next(modes[m] for m in _MODES if m in modes).items())]
         for key, modes in by_mode.items()
     }
 
@@ -112,9 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=Path)
     parser.add_argument("-o", "--out", type=Path, help="default: beside the rows, as .png")
+    parser.add_argument("--implementation", action="append", default=[], help="may be repeated")
     given = parser.parse_args(arguments)
     try:
-        rows = read_device(given.rows)
+        rows = read_device(given.rows, given.implementation)
         out = given.out or given.rows.with_suffix(".png")
         draw(rows, peers_of(rows[0]["device"]), out)
     except ValueError as error:

@@ -121,6 +121,47 @@ def test_programs_are_drawn_rather_than_dispatched_calls(script):
     ]
 
 
+def test_one_implementation_is_drawn_alone(script, tmp_path):
+    path = tmp_path / "rows.json"
+    benchmark.append_rows(path, [row(), row(implementation="sm80_w4a16", T=1)])
+    read = script("roofline").read_device
+    assert [r["T"] for r in read(path, ["sm80_w4a16"])] == [1]
+    assert len(read(path)) == 2
+    with pytest.raises(ValueError, match="no rows of xla"):
+        read(path, ["xla"])
+
+
+LOG = """
+qwen3-30b-a3b   nvfp4     T=16    mma8      error 2.88e-03      97.8 us    2144 GB/s    12.4 TFLOP/s
+qwen3-30b-a3b   nvfp4     T=16    decode    error 2.90e-03     116.9 us    1794 GB/s    10.3 TFLOP/s
+mixtral-8x7b    mxfp4-fp8 T=1024  wgmma256  error 4.82e-02     840.3 us     891 GB/s   858.7 TFLOP/s
+odd             nvfp4     T=1     decode    error 2.90e-03
+"""
+
+
+def test_rows_of_the_native_program(script, tmp_path, capsys):
+    log, path = tmp_path / "log.txt", tmp_path / "rows.json"
+    log.write_text(LOG)
+    arguments = [
+        str(log), "--family", "sm90", "--device", DEVICE, "--commit", "abc", "--bandwidth", "3000",
+        "--peak", "800", "--peak-fp8", "1400", "--json", str(path),
+    ]  # fmt: skip
+    script("native_rows").main(arguments)
+    few, many = benchmark.read_rows(path)
+    assert (few["implementation"], few["T"], few["us"], few["mode"]) == (
+        "sm90_w4a16", 16, 97.8, "graph",
+    )  # fmt: skip
+    assert few["floor_us"] == pytest.approx(97.8 * 2144 / 3000, rel=1e-3)
+    assert (many["implementation"], many["compute"], many["peak_tflops"]) == (
+        "sm90_w4a8", "w4a8", 1400,
+    )  # fmt: skip
+    assert many["floor_fraction"] == pytest.approx(858.7 / 1400, rel=1e-3)
+    assert [r["us"] for (r,) in script("roofline").series([few, many]).values()] == [97.8, 840.3]
+    log.write_text("nothing")
+    with pytest.raises(SystemExit, match=r"log.txt: no line has a layer"):
+        script("native_rows").main(arguments)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
