@@ -277,7 +277,13 @@ def _sm90(
     )
 
 
-def _cpu(variant: str, features: frozenset[str], dtypes: tuple[str, ...], operands: str) -> Row:
+def _cpu(
+    variant: str,
+    features: frozenset[str],
+    dtypes: tuple[str, ...],
+    operands: str,
+    evidence: str = "hardware",
+) -> Row:
     return Row(
         variant=variant,
         provider="cpu",
@@ -289,7 +295,7 @@ def _cpu(variant: str, features: frozenset[str], dtypes: tuple[str, ...], operan
         alignment=(32, 1),
         features=features,
         layout="panel32",
-        evidence="hardware",
+        evidence=evidence,
         record="docs/evidence/cpu-kernels.md",
     )
 
@@ -400,20 +406,22 @@ TABLE: tuple[Row, ...] = (
         "cpu_amx",
         _AVX512_BF16 | {"avx512_fp16", "amx_tile", "amx_bf16"},
         ("bfloat16", "float32"),
-        "weights scaled exactly to bf16, AMX tiles (f32 activations as three bf16 terms)",
+        "weights scaled exactly to bf16, AMX tiles (f32 activations as three bf16 terms); few rows "
+        "of bf16: 16-bit integers, VNNI",
+        evidence="emulated",
     ),
     _cpu(
         "cpu_avx512_bf16",
         _AVX512_BF16,
         ("bfloat16",),
-        "weights scaled exactly to bf16, vdpbf16ps",
+        "weights scaled exactly to bf16, vdpbf16ps; few rows: 16-bit integers, VNNI",
     ),
     _cpu("cpu_avx512", _AVX512, ("bfloat16", "float32"), "f32 lanes, AVX-512 FMA"),
     _cpu(
         "cpu_avx2",
         frozenset({"avx2", "fma", "f16c"}),
         ("bfloat16", "float32"),
-        "f32 lanes, AVX2 FMA",
+        "f32 lanes, AVX2 FMA; few bf16 rows: 16-bit integers",
     ),
     _cpu("cpu_portable", frozenset(), ("bfloat16", "float32"), "f32, plain C++"),
     *(
