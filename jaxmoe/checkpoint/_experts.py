@@ -8,7 +8,6 @@ import dataclasses
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -27,6 +26,8 @@ from jaxmoe.formats import Format
 from jaxmoe.quantization import QuantizedTensor, UnifyReport, unify_global_scale
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from jaxmoe.checkpoint._folder import Folder, Weight
 
 _LOG = logging.getLogger("jaxmoe")
@@ -171,6 +172,8 @@ def _read_ahead(
         for e in experts:
             yield (e,), read((e,))
         return
+    from concurrent.futures import ThreadPoolExecutor  # JAX has not loaded it
+
     most = 1 << max(0, (_GROUP // max(1, size)).bit_length() - 1)
     config: Any = jax.config
     device = config.jax_default_device  # which threads do not inherit
