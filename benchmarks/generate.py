@@ -1,8 +1,8 @@
 """Loads a checkpoint folder and generates from it: seconds, memory and tokens/s, as recorded rows.
 
-    python benchmarks/synthetic_checkpoint.py qwen3-30b-a3b-nvfp4 /tmp/qwen3
-    python benchmarks/generate.py /tmp/qwen3
-    python benchmarks/generate.py /tmp/qwen3 --batch 1 --profile      # also the time of each kernel
+    python benchmarks/synthetic_checkpoint.py qwen3-30b-a3b-nvfp4 qwen3-noise
+    python benchmarks/generate.py qwen3-noise
+    python benchmarks/generate.py qwen3-noise --batch 1 --profile  # also each kernel
 
 Files are dropped from the page cache before they are read (`--warm` leaves them there). Prompts are
 random tokens, each row's its own; the likeliest token is drawn. The floor of a step is the time to
