@@ -1,7 +1,7 @@
 """Writes a checkpoint folder with the tensors, shapes and config of a published model, and noise.
 
     python benchmarks/synthetic_checkpoint.py qwen3-30b-a3b-nvfp4 qwen3-noise
-    python benchmarks/synthetic_checkpoint.py gpt-oss-20b /tmp/gpt-oss --layers 4
+    python benchmarks/synthetic_checkpoint.py gpt-oss-20b gpt-oss-noise --layers 4
     python benchmarks/generate.py qwen3-noise
 
 For speed and memory, which do not depend on the values. Weights are about N(0, 1/fan-in), so that

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
 import jaxmoe
 from jaxmoe.checkpoint import Folder, atomic_write
 from jaxmoe.checkpoint._shards import read_json
-from jaxmoe.cli._console import FailureError, argument, err, need
+from jaxmoe.cli._console import FailureError, argument, decode, need, progress_bar
 
 LARGEST = 448 * 6
 """e4m3's largest times e2m1's: an NVFP4 input scale is the amax over this, as in ModelOpt."""
@@ -23,13 +23,7 @@ LARGEST = 448 * 6
 def read_text(path: Path) -> str:
     """The text to calibrate on."""
     with argument("--calibrate"):
-        try:
-            text = path.read_bytes().decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}") from error
-        if not text:
-            raise ValueError(f"{path} is empty")
-    return text
+        return decode(path, path.read_bytes())
 
 
 def note_beside(dst: Path) -> Path:
@@ -62,25 +56,14 @@ def _run(models: Any, folder: Folder, text: str, max_tokens: int) -> dict[str, f
         tokenizer = models.Tokenizer(folder.path)
     except ModuleNotFoundError as error:
         raise FailureError(str(error)) from error
-    console = err()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    silent = not console.is_terminal
-    with (
-        Progress(*columns, console=console, transient=True, disable=silent) as progress,
-        argument("--calibrate"),
-    ):
-        task = progress.add_task("calibrating layers", total=None)
+    with progress_bar(MofNCompleteColumn()) as bar, argument("--calibrate"):
+        task = bar.add_task("calibrating layers", total=None)
         return models.input_amax(
             folder.path,
             [text],
             tokenizer,
             max_tokens=max_tokens,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
 
 

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TextIO
 
@@ -16,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
     from jaxmoe.capability import Rejection
 
 _WIDTH = 120  # of tables that no terminal shows
@@ -51,6 +54,30 @@ def table(*columns: str, title: str = "", right: Sequence[str] = ()) -> Table:
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return made
+
+
+def progress_bar(done: ProgressColumn) -> Progress:
+    """A bar on a terminal, nothing elsewhere; `done` is the column that counts."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = err()
+    what = TextColumn("{task.description}")
+    columns = (what, BarColumn(), done, TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def decode(name: str | Path, data: bytes) -> str:
+    """The text of a file.
+
+    Raises:
+      ValueError: it is empty, or not UTF-8.
+    """
+    if not data:
+        raise ValueError(f"{name} is empty")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8: {error}") from error
 
 
 def merge(rejected: Sequence[Rejection]) -> list[tuple[str, str, str]]:

@@ -8,11 +8,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
 import jaxmoe
 from jaxmoe.cli import _model
-from jaxmoe.cli._console import FailureError, argument, err, need, out, say, table
+from jaxmoe.cli._console import (
+    FailureError,
+    argument,
+    decode,
+    err,
+    need,
+    out,
+    progress_bar,
+    say,
+    table,
+)
 
 _MEASURES = ("perplexity", "nats_per_token", "bits_per_token", "nats_per_byte", "bits_per_byte")
 
@@ -37,19 +47,12 @@ def evaluate(
     with jaxmoe.override(implementation=implementation):
         with console.status("reading the model"):
             loaded = _model.load(folder, weight_format)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        silent = not console.is_terminal
         start = time.perf_counter()
         with (
-            Progress(*columns, console=console, transient=True, disable=silent) as progress,
+            progress_bar(MofNCompleteColumn()) as bar,
             argument("TEXT, --context, --stride or --batch"),
         ):
-            task = progress.add_task("windows", total=None)
+            task = bar.add_task("windows", total=None)
             score = models.evaluate(
                 loaded.model,
                 list(documents.values()),
@@ -57,7 +60,7 @@ def evaluate(
                 context=context,
                 stride=stride,
                 batch=batch,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         seconds = time.perf_counter() - start
     if as_json:
@@ -85,12 +88,7 @@ def _read(names: list[str]) -> dict[str, bytes]:
             if Path(name).is_dir():
                 raise ValueError(f"{name} is a folder, and none of a model; name text files")
             data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-            if not data:
-                raise ValueError(f"{name} is empty")
-            try:
-                data.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{name} is not UTF-8: {error}") from error
+            decode(name, data)
             documents[name] = data
     return documents
 

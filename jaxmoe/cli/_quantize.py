@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import DownloadColumn
 
 import jaxmoe
 from jaxmoe.checkpoint import CheckpointError, Folder, open_folder
@@ -21,7 +21,7 @@ from jaxmoe.checkpoint._shards import INDEX, read_json
 from jaxmoe.checkpoint._storage import BLOCK_FP8, FLOATS
 from jaxmoe.cli import _calibrate
 from jaxmoe.cli import _quantize_write as write
-from jaxmoe.cli._console import FailureError, argument, err, say
+from jaxmoe.cli._console import FailureError, argument, err, progress_bar, say
 from jaxmoe.cli._quantize_write import Job, Plan
 from jaxmoe.formats import get_format
 
@@ -87,18 +87,11 @@ def _run(job: Job, pattern: re.Pattern[str], dst: Path) -> None:
     src = job.src
     _check_chosen(job, pattern)
     console = err()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    silent = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=silent) as progress:
-        task = progress.add_task("quantising", total=sum(plan.nbytes for plan in job.plans))
+    with progress_bar(DownloadColumn()) as bar:
+        task = bar.add_task("quantising", total=sum(plan.nbytes for plan in job.plans))
 
         def advance(size: int) -> None:
-            progress.advance(task, size)
+            bar.advance(task, size)
 
         if src.is_dir():
             resumed = write.write_folder(job, dst, advance)
