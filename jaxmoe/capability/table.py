@@ -282,7 +282,6 @@ def _cpu(
     features: frozenset[str],
     dtypes: tuple[str, ...],
     operands: str,
-    evidence: str = "hardware",
 ) -> Row:
     return Row(
         variant=variant,
@@ -295,7 +294,7 @@ def _cpu(
         alignment=(32, 1),
         features=features,
         layout="panel32",
-        evidence=evidence,
+        evidence="hardware",
         record="docs/evidence/cpu-kernels.md",
     )
 
@@ -408,7 +407,6 @@ TABLE: tuple[Row, ...] = (
         ("bfloat16", "float32"),
         "weights scaled exactly to bf16, AMX tiles (f32 activations as three bf16 terms); few rows "
         "of bf16: 16-bit integers, VNNI",
-        evidence="emulated",
     ),
     _cpu(
         "cpu_avx512_bf16",
