@@ -35,11 +35,11 @@ struct Vdpbf16ps {
   }
 
   template <class Decode>
-  static void run(Decode decode, const uint8_t* tiles, int64_t superblocks, const TileRows& a,
-                  int rows, float* c) {
+  static void run(Decode decode, uint8_t* tiles, int64_t superblocks, const TileRows& a, int rows,
+                  float* c) {
     // Few rows: a smaller chunk leaves L1 to them. Many: a larger one saves trips of c.
     for_chunks(superblocks, rows <= 32 ? 2 : kMaxChunk, [&](int64_t first, int count) {
-      decode(first, count);
+      decode(first, count, tiles);
       multiply(tiles, count * 2, a, first * 2, rows, c, first == 0);
     });
   }

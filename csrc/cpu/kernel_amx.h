@@ -1,6 +1,7 @@
 // The tile kernels' Multiply on eight tile registers: up to 48 rows of products stay in them while
-// the panel is read, more rest in c between chunks. Tiles provides the instructions: AMX and the
-// product of f16 vectors, or a model of them in the tests.
+// the panel is read, more rest in c between chunks. The next chunk of weights is decoded between
+// the passes over this one. Tiles provides the instructions: AMX and the product of f16 vectors, or
+// a model of them in the tests.
 #ifndef JAXMOE_CSRC_CPU_KERNEL_AMX_H_
 #define JAXMOE_CSRC_CPU_KERNEL_AMX_H_
 
@@ -22,8 +23,8 @@ struct TileMultiply {
   static void stream(const uint8_t*, int64_t, const TileRows&, int, float*) {}
 
   template <class Decode>
-  static void run(Decode decode, const uint8_t* tiles, int64_t superblocks, const TileRows& a,
-                  int rows, float* c) {
+  static void run(Decode decode, uint8_t* tiles, int64_t superblocks, const TileRows& a, int rows,
+                  float* c) {
     switch ((rows + TileRows::kTileRows - 1) / TileRows::kTileRows) {
       case 1:
         return resident<1>(decode, tiles, superblocks, a, c);
@@ -33,17 +34,22 @@ struct TileMultiply {
         return resident<3>(decode, tiles, superblocks, a, c);
     }
     // Measured: with 96 rows or fewer the trips of c cost less than a larger chunk in L1.
-    for_chunks(superblocks, rows <= 96 ? 2 : kMaxChunk, [&](int64_t first, int count) {
-      decode(first, count);
-      for (int row = 0; row < rows; row += 2 * TileRows::kTileRows) {
+    const int step = rows <= 96 ? 2 : kMaxChunk;
+    const int passes = (rows + kPassRows - 1) / kPassRows;
+    Chunks<Decode> chunks(decode, tiles, superblocks, step);
+    for (int64_t first = 0; first < superblocks; first += step) {
+      const uint8_t* weights = chunks.take();
+      for (int i = 0; i < passes; ++i) {
+        chunks.decode_next(i, passes);
+        const int row = i * kPassRows;
         const uint8_t* x = a.at(row, first * kSuperblockK);
         if (row + TileRows::kTileRows < rows) {
-          pass<2>(tiles, count * 2, x, a, c + row * kPanelLanes, first == 0);
+          pass<2>(weights, chunks.count() * 2, x, a, c + row * kPanelLanes, first == 0);
         } else {
-          pass<1>(tiles, count * 2, x, a, c + row * kPanelLanes, first == 0);
+          pass<1>(weights, chunks.count() * 2, x, a, c + row * kPanelLanes, first == 0);
         }
       }
-    });
+    }
   }
 
  private:
@@ -51,15 +57,66 @@ struct TileMultiply {
   template <int kRowTiles>
   using RowTiles = std::make_integer_sequence<int, kRowTiles>;
 
+  static constexpr int kPassRows = 2 * TileRows::kTileRows;
+
+  // Chunks of decoded superblocks, one ahead: products of a chunk wait neither for the stores of
+  // its weights, nor do the vector instructions that decode the next one wait for the products.
+  template <class Decode>
+  class Chunks {
+   public:
+    JAXMOE_INLINE Chunks(Decode decode, uint8_t* tiles, int64_t superblocks, int step)
+        : decode_(decode),
+          tiles_{tiles, tiles + step * kDecodedBytes},
+          left_(superblocks),
+          step_(step) {
+      next_count_ = count_of(left_);
+      decode_next(0, 1);
+    }
+
+    // The chunk that was decoded last.
+    JAXMOE_INLINE const uint8_t* take() {
+      count_ = next_count_;
+      first_ += count_;
+      left_ -= count_;
+      next_count_ = count_of(left_);
+      done_ = 0;
+      uint8_t* decoded = tiles_[0];
+      tiles_[0] = tiles_[1];
+      tiles_[1] = decoded;
+      return decoded;
+    }
+    JAXMOE_INLINE int count() const { return count_; }
+
+    // Part `part` of `parts` of the one after it.
+    JAXMOE_INLINE void decode_next(int part, int parts) {
+      const int until = next_count_ * (part + 1) / parts;
+      decode_(first_ + done_, until - done_, tiles_[0] + done_ * kDecodedBytes);
+      done_ = until;
+    }
+
+   private:
+    JAXMOE_INLINE int count_of(int64_t left) const {
+      return static_cast<int>(left < step_ ? left : step_);
+    }
+
+    Decode decode_;
+    uint8_t* tiles_[2];  // of the next chunk, and of this one
+    int64_t first_ = 0;  // superblock of the next chunk
+    int64_t left_;       // superblocks from there on
+    int step_, count_ = 0, next_count_ = 0, done_ = 0;
+  };
+
   // All rows at once, in up to three tiles: the products stay in registers.
   template <int kRowTiles, class Decode>
-  static void resident(Decode decode, const uint8_t* tiles, int64_t superblocks, const TileRows& a,
+  static void resident(Decode decode, uint8_t* tiles, int64_t superblocks, const TileRows& a,
                        float* c) {
     zero<kRowTiles>();
-    for_chunks(superblocks, 2, [&](int64_t first, int count) {
-      decode(first, count);
-      multiply<kRowTiles>(tiles, count * 2, a.at(0, first * kSuperblockK), a);
-    });
+    Chunks<Decode> chunks(decode, tiles, superblocks, 1);
+    for (int64_t s = 0; s < superblocks; ++s) {
+      const uint8_t* weights = chunks.take();
+      chunks.decode_next(0, 1);
+      multiply<kRowTiles>(weights, 2, a.at(0, s * kSuperblockK), a);
+    }
     store<kRowTiles>(c);
   }
 

@@ -1,7 +1,7 @@
 // Panel x rows on bf16 tiles: 16 rows x 32 k of activations times 32 k x 16 lanes of weights,
 // summed in f32.
 //
-// A chunk of 2 to 4 superblocks is decoded into L1 (8 to 16 KB) as tiles of weights, 1 KB per 32 k
+// A chunk of 1 to 4 superblocks is decoded into L1 (4 to 16 KB) as tiles of weights, 1 KB per 32 k
 // and 16 lanes, dword (k pair, lane) holding the bf16 pair (j, j + 4) of its group of eight. Then
 // Multiply, who asks for the chunks, runs over the row tiles; unless its registers hold the
 // products of all rows, they rest in c (L1/L2) between chunks. e2m1 times its block scale has at
@@ -22,7 +22,8 @@ namespace {
 
 constexpr int kWeightTileBytes = 1024;  // 32 k x 16 lanes
 constexpr int kMaxChunk = 4;            // superblocks
-static_assert(kMaxChunk * kSuperblockK * kPanelLanes * 2 <= Kernels::kDecodedFloats * 4);
+constexpr int kDecodedBytes = kSuperblockK * kPanelLanes * 2;
+static_assert(2 * kMaxChunk * kDecodedBytes <= Kernels::kDecodedFloats * 4);
 
 // Calls visit(first, count) for all superblocks, `step` at a time.
 template <class Visit>
@@ -105,14 +106,13 @@ struct PanelTiles {
                   float* scratch) {
     if (rows <= Multiply::kMaxStreamRows)
       return Multiply::template stream<kFormat>(panel, superblocks, a, rows, c);
-    uint8_t* tiles = reinterpret_cast<uint8_t*>(scratch);
     Multiply::run(
-        [&](int64_t first, int count) {
+        [&](int64_t first, int count, uint8_t* tiles) JAXMOE_LAMBDA {
           for (int i = 0; i < count; ++i) {
-            decode(panel + (first + i) * kBytes, tiles + i * 4 * kWeightTileBytes);
+            decode(panel + (first + i) * kBytes, tiles + i * kDecodedBytes);
           }
         },
-        tiles, superblocks, a, rows, c);
+        reinterpret_cast<uint8_t*>(scratch), superblocks, a, rows, c);
   }
 
  private:

@@ -125,7 +125,7 @@ struct Kernels {
   void (*enter)() = nullptr;
   void (*leave)() = nullptr;
 
-  static constexpr int kDecodedFloats = 128 * 32;
+  static constexpr int kDecodedFloats = 256 * 32;
 };
 
 inline constexpr float kProductExponent[kNumFormats] = {256.0f, 1.0f};
