@@ -465,6 +465,35 @@ def test_cache_is_donated(model):
     assert new.length.tolist() == [9]
 
 
+def test_a_split_sees_every_change_of_the_module():
+    def make(seed):
+        return nnx.Sequential(
+            nnx.Linear(2, 3, rngs=nnx.Rngs(seed)), nnx.Linear(3, 3, rngs=nnx.Rngs(seed + 1))
+        )
+
+    def agrees():
+        structure, arrays = split(module)
+        expected = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(module))]
+        for one, other in zip(arrays, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+        again = structure.module(arrays)
+        x = jnp.ones((1, 2))
+        np.testing.assert_array_equal(again(x), module(x))
+        return structure
+
+    module = make(0)
+    before = agrees()
+    assert agrees() is before  # nothing has changed
+    module.layers[0].kernel[...] = jnp.full((2, 3), 5.0)
+    assert agrees() is before  # the same structure with another array
+    module.layers[1] = nnx.Linear(3, 4, rngs=nnx.Rngs(7))
+    after = agrees()
+    assert after != before
+    module.layers[1].dtype = jnp.bfloat16
+    assert agrees() != after
+    assert split(make(0))[0] == before
+
+
 def test_models_of_one_structure_share_their_programs(model, unquantized):
     first, arrays = split(model)
     second, again = split(copied(model))

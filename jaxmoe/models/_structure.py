@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+import weakref
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+
+from jaxmoe.nn._variables import value
 
 
 class Structure:
@@ -31,6 +35,17 @@ class Structure:
         return nnx.merge(graph, jax.tree.unflatten(tree, arrays))
 
 
+class _Known(NamedTuple):
+    """What a module held when it was last split."""
+
+    contents: list[Any]
+    structure: Structure
+    variables: list[nnx.Variable]
+
+
+_known: weakref.WeakKeyDictionary[nnx.Module, _Known] = weakref.WeakKeyDictionary()
+
+
 def split(module: nnx.Module) -> tuple[Structure, list[jax.Array]]:
     """A module as its structure and its arrays; `structure.module(arrays)` is the inverse.
 
@@ -38,7 +53,33 @@ def split(module: nnx.Module) -> tuple[Structure, list[jax.Array]]:
     >>> structure, arrays = split(layer)
     >>> structure == split(nnx.Linear(2, 3, rngs=nnx.Rngs(1)))[0], len(arrays)
     (True, 2)
+
+    Flax takes 0.1 ms for each array. A module whose attributes, and those of all modules in it, are
+    the objects that they were is only asked for its variables' present values.
     """
-    graph, state = nnx.split(module)
-    arrays, tree = jax.tree.flatten(state)
-    return Structure(graph, tree), arrays
+    contents = _contents(module, [])
+    known = _known.get(module)
+    if known is None or not _same(contents, known.contents):
+        graph, state = nnx.split(module)
+        structure = Structure(graph, jax.tree.structure(state))
+        nodes = dict(nnx.iter_graph(module))
+        paths = [path for path, _ in nnx.to_flat_state(state)]
+        known = _Known(contents, structure, [nodes[path] for path in paths])
+        _known[module] = known
+    values = [value(variable) for variable in known.variables]
+    return known.structure, jax.tree.leaves(values)
+
+
+def _contents(node: Any, found: list[Any]) -> list[Any]:
+    """The attributes of a module and of all modules in it, however deep."""
+    if not isinstance(node, list | tuple):
+        node = (node if isinstance(node, dict) else vars(node)).values()
+    for one in node:
+        found.append(one)
+        if isinstance(one, nnx.Module | dict | list | tuple):
+            _contents(one, found)
+    return found
+
+
+def _same(these: list[Any], those: list[Any]) -> bool:
+    return len(these) == len(those) and all(map(operator.is_, these, those))
