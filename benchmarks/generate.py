@@ -225,8 +225,9 @@ def _name(name: str) -> str:
 def profile(model: models.Decoder, batch: int, prompt: int, new: int, console: Console) -> None:
     """Prints which kernels the steps of decoding consist of."""
     room = _room(model, prompt, new)
-    parts = _parts(model, batch, prompt, (1 + _PROFILED) * _STRIDE, room, 2)
+    parts = _parts(model, batch, prompt, (2 + _PROFILED) * _STRIDE, room, 2)
     next(parts)
+    jax.block_until_ready(jax.numpy.zeros(1) + 1)  # behind the draw that was dispatched ahead
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             list(parts)
