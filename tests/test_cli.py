@@ -708,12 +708,28 @@ def test_bench_does_not_measure_for_a_file_that_cannot_take_rows(run, tmp_path):
 
 def test_tune_where_there_are_no_tactics(run, tmp_path):
     path = tmp_path / "table.json"
-    code, out, err = run("tune", "--layer", "tiny", "--tokens", "1,64", "--json", path)
+    asked = ("--layer", "tiny", "--tokens", "1,64", "--implementation", "xla", "--json", path)
+    code, out, err = run("tune", *asked)
     assert code == 1
     assert out == ""
-    assert re.match(r"jaxmoe: error: cpu_\w+, which runs nvfp4 weights on cpu, has no tactics", err)
-    assert "Variants with tactics run on NVIDIA GPUs whose library is built" in err
+    assert re.match(r"jaxmoe: error: xla, which runs nvfp4 weights on cpu, has no tactics", err)
+    assert "The variants of the native libraries have tactics" in err
     assert not path.exists()
+
+
+def test_tune_measures_this_machines_cpu(run, tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    asked = ("--layer", "tiny", "--tokens", "1,64", "--implementation", "cpu", "--seconds", 0.01)
+    code, out, _ = run("tune", *asked, "--json", path)
+    assert code == 0
+    assert re.search(r"\b1 .*stream [\d.,]+, tiles [\d.,]+", plain(out))
+    assert f"recorded in {path}" in plain(out)
+    entries = json.loads(path.read_text())["entries"]
+    assert [entry["tokens"] for entry in entries] == [1, 64]
+    monkeypatch.setenv("JAXMOE_TUNING_CACHE", str(path))
+    sizes = ("--layer", "tiny", "--tokens", 64, "--implementation", "cpu")
+    code, out, _ = run("explain", *sizes)
+    assert f"tactic {entries[1]['tactic'] or 'default'}: tuned by {path}" in plain(out)
 
 
 def test_tune_does_not_measure_for_a_file_that_cannot_take_entries(run, tmp_path, monkeypatch):

@@ -66,7 +66,9 @@ def test_the_file_says_where_what_and_how_well(tmp_path, capsys):
     for variant, formats in (("cpu_portable", ["mxfp4", "nvfp4"]), ("xla_w4a4", ["nvfp4"])):
         row = rows[variant]
         assert (row["unable"], row["failures"]) == ("", [])
-        assert [r["format"] for r in row["numbers"] if r["tokens"]] == formats
+        tactics = ("", *kernels.tactics(variant))
+        ways = [(r["format"], r["tactic"]) for r in row["numbers"] if r["tokens"]]
+        assert ways == [(fmt, tactic) for fmt in formats for tactic in tactics]
         assert all(r["error"] <= r["allowed"] and not r["raised"] for r in row["numbers"])
         assert [t["format"] for t in row["timings"]] == formats
         assert all(t["us"] > 0 and t["T"] == 1 for t in row["timings"])

@@ -249,6 +249,7 @@ class Layer:
 
     def attributes(self, variant):
         return {
+            "tactic": "",
             "variant": variant,
             "format": self.format,
             "activation": self.activation,
@@ -292,6 +293,12 @@ def variants_for(dtype):
 
 
 CASES = [(v, d) for d in ("float32", "bfloat16") for v in variants_for(d)]
+TACTICS = [
+    (v, d, tactic)
+    for v, d in CASES
+    for tactic in MANIFEST["variants"][v]["tactics"]
+    if tactic != "integer" or d == "bfloat16"
+]
 
 
 # ---- results -------------------------------------------------------------------------------------
@@ -382,6 +389,7 @@ def run_grouped(variant, x, weights, sizes, *, offset=0, bias=None, overrides=()
         "group_offset": np.int32(offset),
     }
     attributes = {
+        "tactic": "",
         "variant": variant,
         "format": weights.format,
         "n": np.int64(n),
@@ -415,6 +423,108 @@ def test_grouped_matmul_matches_float64(variant, dtype, fmt, offset):
     assert (got[(want == 0).all(axis=1)].astype(np.float32) == 0).all()
 
 
+# ---- tactics -------------------------------------------------------------------------------------
+
+
+def test_tactics_are_those_that_a_variant_has_kernels_for():
+    every, f32_alone = ["integer", "stream", "tiles"], ["stream", "tiles"]
+    assert {name: list(entry["tactics"]) for name, entry in MANIFEST["variants"].items()} == {
+        name: f32_alone if name in ("cpu_portable", "cpu_avx512") else every
+        for name in MANIFEST["variants"]
+    }
+    for entry in MANIFEST["variants"].values():
+        assert set(entry["tactics"].values()) == {0}  # bytes of shared memory
+
+
+@pytest.mark.parametrize(("variant", "dtype", "tactic"), TACTICS)
+@pytest.mark.parametrize("fmt", BLOCK)
+@pytest.mark.parametrize("tokens", [1, 7, 83])
+def test_every_tactic_matches_float64(variant, dtype, tactic, fmt, tokens):
+    # Expert 5 takes none; with 83 tokens expert 0 takes all of them, in a row over two segments.
+    layer = Layer(tokens=tokens, fmt=fmt, dtype=dtype, top_k=3, hidden=352)
+    layer.expert_ids[layer.expert_ids == 5] = -1
+    layer.expert_ids[:, 0] = 0
+    first, second = (layer.run(variant, attributes={"tactic": tactic}) for _ in range(2))
+    assert relative_error(first, layer.reference()) < TOLERANCE[dtype]
+    assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize(("variant", "dtype", "tactic"), TACTICS)
+def test_every_tactic_on_the_exact_grid(variant, dtype, tactic):
+    layer = Layer(tokens=33, dtype=dtype, activation="relu", exact=True, bias=False)
+    want = layer.reference().astype(layer.x.dtype).astype(np.float64)
+    got = layer.run(variant, attributes={"tactic": tactic})
+    np.testing.assert_array_equal(got.astype(np.float64), want)
+
+
+@pytest.mark.parametrize(("variant", "dtype", "tactic"), TACTICS)
+def test_every_tactic_without_work(variant, dtype, tactic):
+    attributes = {"tactic": tactic}
+    assert Layer(tokens=0, dtype=dtype).run(variant, attributes=attributes).shape == (0, 96)
+    far = {"expert_offset": np.int32(1000)}
+    got = Layer(tokens=3, dtype=dtype).run(variant, operands=far, attributes=attributes)
+    assert (got.astype(np.float32) == 0).all()
+
+
+@pytest.mark.parametrize(("variant", "dtype", "tactic"), TACTICS)
+@pytest.mark.parametrize("fmt", BLOCK)
+def test_every_tactic_of_grouped_matmul(variant, dtype, tactic, fmt):
+    rng = np.random.default_rng(4)
+    weights = Weights(rng, 4, 40, 224, fmt)
+    sizes = [1, 0, 150, 19]
+    x = rng.standard_normal((173, 224)).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    want = np.zeros((173, 40))
+    ends = np.cumsum(sizes)
+    for value, size, end in zip(weights.values(), sizes, ends, strict=True):
+        want[end - size : end] = x[end - size : end].astype(np.float64) @ value.T
+    got = run_grouped(variant, x, weights, sizes, overrides={"tactic": tactic})
+    assert relative_error(got, want) < TOLERANCE[dtype]
+    assert (got[ends[-1] :].astype(np.float32) == 0).all()
+
+
+@pytest.mark.parametrize(("variant", "dtype"), CASES)
+def test_a_tactic_is_what_the_library_would_choose_for_such_rows(variant, dtype):
+    """By results before they are rounded to bf16: another kernel sums in another order."""
+    rng = np.random.default_rng(6)
+    weights = Weights(rng, 1, 64, 1024, "nvfp4")
+    x = rng.standard_normal((100, 1024)).astype(
+        ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    )
+
+    def product(rows, tactic):
+        out = jax.ShapeDtypeStruct((rows, 64), jnp.float32)
+        overrides = {"tactic": tactic, "out": out}
+        return run_grouped(variant, x[:rows], weights, [rows], overrides=overrides).tobytes()
+
+    assert product(1, "") == product(1, "stream") != product(1, "tiles")
+    assert product(100, "") == product(100, "tiles") != product(100, "stream")
+
+
+@pytest.mark.parametrize("variant", RUNNABLE)
+def test_a_tactic_that_the_variant_lacks_is_refused(variant):
+    have = ", ".join(MANIFEST["variants"][variant]["tactics"])
+    message = rf"\(cpu\): tactic must be '' or one of {have}, got 'wgmma64'"
+    layer = Layer(dtype="bfloat16")
+    with pytest.raises(Exception, match="moe_mlp " + message):
+        layer.run(variant, attributes={"tactic": "wgmma64"})
+    weights = Weights(np.random.default_rng(0), 3, 40, 96, "nvfp4")
+    x = f32(9, 96).astype(ml_dtypes.bfloat16)
+    with pytest.raises(Exception, match="grouped_matmul " + message):
+        run_grouped(variant, x, weights, [3, 3, 3], overrides={"tactic": "wgmma64"})
+
+
+@pytest.mark.skipif("cpu_avx2" not in RUNNABLE, reason="needs AVX2")
+def test_integers_are_refused_where_float32_is_asked_for():
+    message = r"tactic 'integer' keeps 16 bits of x and needs bf16 x and results, got x "
+    with pytest.raises(Exception, match=message + r"f32\[5,96\] and results f32\[5,96\]; use ''"):
+        Layer().run("cpu_avx2", attributes={"tactic": "integer"})
+    weights = Weights(np.random.default_rng(0), 3, 40, 96, "nvfp4")
+    overrides = {"tactic": "integer", "out": jax.ShapeDtypeStruct((9, 40), jnp.float32)}
+    x = f32(9, 96).astype(ml_dtypes.bfloat16)
+    with pytest.raises(Exception, match=message + r"bf16\[9,96\] and results f32\[9,40\]"):
+        run_grouped("cpu_avx2", x, weights, [3, 3, 3], overrides=overrides)
+
+
 def test_manifest_and_features():
     assert MANIFEST["abi"] == 1
     assert MANIFEST["library"] == "cpu"
@@ -426,7 +536,8 @@ def test_manifest_and_features():
     assert "cpu_portable" in RUNNABLE
 
 
-def test_workspace_stays_bounded():
+@pytest.mark.parametrize("variant", MANIFEST["variants"])
+def test_workspace_stays_bounded(variant):
     def size(tokens):
         return _cpu.workspace_bytes(
             "moe_mlp",
@@ -437,7 +548,7 @@ def test_workspace_stays_bounded():
             top_k=8,
             gated=True,
             x_dtype="bfloat16",
-            variant="cpu_portable",
+            variant=variant,
         )
 
     assert size(1) < size(64) < size(1024)

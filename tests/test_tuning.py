@@ -257,8 +257,8 @@ def test_nothing_is_measured_for_a_file_that_cannot_take_entries(cache, timed):
 
 
 def test_a_variant_without_tactics_is_told_so(cache):
-    with pytest.raises(TuningError, match=r"cpu_\w+, which runs nvfp4 weights on cpu, has no tac"):
-        tuning.tune(TINY, "nvfp4", [1])
+    with pytest.raises(TuningError, match=r"xla, which runs nvfp4 weights on cpu, has no tactics"):
+        tuning.tune(TINY, "nvfp4", [1], implementation="xla")
     with (
         pytest.raises(TuningError, match=r"forces the target h100; call tune outside"),
         jaxmoe.override(target="h100"),
@@ -285,7 +285,7 @@ def test_the_bench_times_what_works_and_refuses_the_rest(monkeypatch):
         measurement.Bench(TINY, resolution, 3, 1000)
     seconds, refused = bench.measure(3, ["unknown"], 0.01)
     assert list(seconds) == [""]
-    assert re.match(r"tactic must be one that cpu_\w+ has \(none\)", refused["unknown"])
+    assert re.match(r"tactic must be one that cpu_\w+ has \(.*stream, tiles\)", refused["unknown"])
     monkeypatch.setattr(measurement, "moe_mlp", moe_mlp)
     seconds, refused = bench.measure(3, ["right", "wrong", "refuses"], 0.01)
     assert set(seconds) == {"", "right"}
@@ -302,6 +302,57 @@ def test_layers_of_a_measured_program_wait_for_each_other():
     x, ids, weights = inputs[1]
     want = jaxmoe.moe_mlp(x, bench._sets[0], ids, weights, implementation="cpu")
     np.testing.assert_array_equal(y, want)
+
+
+# --- on this machine's CPU ------------------------------------------------------------------------
+
+
+def test_a_cpu_is_known_by_its_processor():
+    key = Key.of(jaxmoe.explain(problem(), "cpu"))
+    assert key.device == benchmark.device_name() != "cpu"
+    assert re.search(r", \d+ cores$", key.device)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_tuning_a_cpu_measures_every_tactic_and_explain_tells(cache, dtype):
+    own = jaxmoe.explain(problem(activation_dtype=dtype), "cpu")
+    assert own.tactic_by == "the library's own choice"
+    found = tuning.tune(TINY, "nvfp4", [3, 16], dtype=dtype, implementation="cpu", budget=0.01)
+    assert [r.key.tokens for r in found] == [4, 16]
+    for result in found:
+        refused = {"integer"} & set(kernels.tactics(own.variant)) if dtype == "float32" else set()
+        assert set(result.refused) == refused
+        assert set(result.seconds) == {"", *kernels.tactics(own.variant)} - refused
+        for reason in result.refused.values():
+            assert "tactic 'integer' keeps 16 bits of x and needs bf16 x and results" in reason
+    assert {key.device for key, _ in tables.read(cache)} == {benchmark.device_name()}
+    told = jaxmoe.explain(problem(activation_dtype=dtype, tokens=4), "cpu")
+    assert told.tactic == found[0].tactic
+    assert told.tactic_by.startswith(f"tuned by {cache} (")
+
+
+def test_a_table_names_the_kernels_that_a_cpu_runs(cache, experts):
+    x, ids, weights = benchmark.data.random_tokens(TINY, 5, "bfloat16", 0)
+
+    def layer(x):
+        return jaxmoe.moe_mlp(x, experts, ids, weights, implementation="cpu")
+
+    def text():
+        return jax.jit(lambda x: layer(x)).lower(x).as_text()
+
+    key = Key.of(jaxmoe.explain(problem(tokens=5), "cpu"))
+    assert tactic_in(text()) == ""
+    build = kernels.build_id(key.variant)
+    tables.store(cache, [Entry(key=key, build=build, tactic="tiles", us=1.0, default_us=2.0)])
+    jax.clear_caches()
+    assert tactic_in(text()) == "tiles"
+    tuned = layer(x)
+    with tuning.override("stream"):
+        assert tactic_in(text()) == "stream"
+        streamed = layer(x)
+    np.testing.assert_allclose(
+        *(np.asarray(y, np.float32) for y in (streamed, tuned)), rtol=0.02, atol=0.02
+    )
 
 
 # --- files ----------------------------------------------------------------------------------------

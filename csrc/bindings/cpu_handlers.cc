@@ -54,6 +54,25 @@ void check_dtype(Check& check, Variant variant, const ffi::AnyBuffer& x) {
                     "; use 'cpu_avx512' for f32 activations");
 }
 
+// The variant's tactic of this name; `out` is where results go.
+cpu::Tactic check_tactic(Check& check, std::string_view name, Variant variant,
+                         const ffi::AnyBuffer& x, const ffi::AnyBuffer& out) {
+  const auto parsed = cpu::parse_tactic(name);
+  std::string names;
+  bool known = name.empty();
+  for (const cpu::Tactic tactic : cpu::named_tactics(*cpu::kernels(variant))) {
+    known = known || parsed == tactic;
+    names += std::string(names.empty() ? "" : ", ") + cpu::tactic_name(tactic);
+  }
+  check.require(known, "tactic must be '' or one of " + names + ", got " + quoted(name));
+  if (!known) return cpu::Tactic::kAuto;
+  check.require(
+      parsed != cpu::Tactic::kInteger || (x.element_type() == kBf16 && out.element_type() == kBf16),
+      "tactic 'integer' keeps 16 bits of x and needs bf16 x and results, got x " + describe(x) +
+          " and results " + describe(out) + "; use '', 'stream' or 'tiles' for f32");
+  return *parsed;
+}
+
 ffi::Error moe_mlp(ffi::ThreadPool pool, const MoeMlpCall& call) {
   Check check("moe_mlp (cpu)");
   check_names(check, call.variant, call.format);
@@ -73,6 +92,7 @@ ffi::Error moe_mlp(ffi::ThreadPool pool, const MoeMlpCall& call) {
                 cpu::gate_up_bytes(args.format, args.activation, args.shape),
                 cpu::down_bytes(args.format, args.shape));
   check_dtype(check, chosen, call.x);
+  args.tactic = check_tactic(check, call.tactic, chosen, call.x, call.out);
   if (!check.ok()) return check.error();
 
   args.dtype = dtype_of(call.x);
@@ -112,6 +132,7 @@ ffi::Error grouped_matmul(ffi::ThreadPool pool, const GroupedMatmulCall& call) {
   check_buffers(check, call, {kF32, kBf16}, {kF32, kBf16},
                 cpu::grouped_matmul_bytes(args.format, call.n, call.k));
   check_dtype(check, chosen, call.x);
+  args.tactic = check_tactic(check, call.tactic, chosen, call.x, call.out);
   if (!check.ok()) return check.error();
 
   args.rows = call.rows();
@@ -140,7 +161,9 @@ constexpr auto handle_grouped_matmul = handle<GroupedMatmulCall, grouped_matmul>
 }  // namespace
 }  // namespace jaxmoe
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_moe_mlp_cpu_v1, jaxmoe::handle_moe_mlp,
-                              jaxmoe::moe_mlp_binding<xla::ffi::ThreadPool>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_grouped_matmul_cpu_v1, jaxmoe::handle_grouped_matmul,
-                              jaxmoe::grouped_matmul_binding<xla::ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jaxmoe_moe_mlp_cpu_v1, jaxmoe::handle_moe_mlp,
+    jaxmoe::moe_mlp_binding<xla::ffi::ThreadPool>().Attr<std::string_view>("tactic"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jaxmoe_grouped_matmul_cpu_v1, jaxmoe::handle_grouped_matmul,
+    jaxmoe::grouped_matmul_binding<xla::ffi::ThreadPool>().Attr<std::string_view>("tactic"));

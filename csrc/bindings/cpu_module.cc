@@ -39,6 +39,11 @@ nb::dict manifest() {
     nb::dict entry;
     entry["features"] = required_features(variant);
     entry["layout"] = "panel32";
+    nb::dict tactics;
+    for (const Tactic tactic : named_tactics(*kernels(variant))) {
+      tactics[tactic_name(tactic)] = 0;  // bytes of shared memory, as GPU libraries state them
+    }
+    entry["tactics"] = tactics;
     variants[variant_name(variant)] = entry;
   }
   return jaxmoe::library_manifest(kAbi, "cpu", variants);

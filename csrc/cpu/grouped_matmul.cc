@@ -52,8 +52,8 @@ class GroupedMatmulJob : public Job {
 
   // Sizes are data: negative ones count as zero, and groups end where the rows end.
   void cut_groups() {
-    SegmentRule rule =
-        segment_rule(kernels_, args_.x_dtype, /*fixed=*/args_.out_dtype == Dtype::kBf16);
+    SegmentRule rule = segment_rule(kernels_, args_.x_dtype,
+                                    /*fixed=*/args_.out_dtype == Dtype::kBf16, args_.tactic);
     rule.max_rows_f32 = kMaxF32Rows;
     rule.max_rows_tiles = kMaxSegmentRows;
     int64_t row = 0;

@@ -1,6 +1,6 @@
 // cpu_avx512_bf16: the tile kernels with VDPBF16PS, which multiplies sixteen lanes of bf16 pairs.
 //
-// Few rows stream the panel as kernel_f32.h does, with a pair of codes per lookup and per product:
+// Streaming reads the panel as kernel_f32.h does, with a pair of codes per lookup and per product:
 // e2m1 is bf16 without its scale, a block is summed unscaled and joins the accumulator by one FMA.
 #include "cpu/kernel_tiles.h"
 
@@ -9,14 +9,13 @@ namespace {
 
 struct Vdpbf16ps {
   using Half = NoHalf;
-  static constexpr int kMinRows = 1;
   static constexpr int kMaxRows = 8;  // of a pass: 8 x 2 accumulators, half a tile
-  static constexpr int kMaxStreamRows =
-      16;  // two passes; measured crossover with the decoded tiles
+  // One tile without padding, two passes; measured crossover with the decoded weights.
+  static constexpr int kMaxStreamRows = 16;
 
   template <Format kFormat>
   static void stream(const uint8_t* panel, int64_t superblocks, const TileRows& a, int rows,
-                     float* c) {
+                     float* c, float*) {
     using StreamFunction = void (*)(const uint8_t*, int64_t, const TileRows&, int, float*);
     static constexpr StreamFunction kStream[kMaxRows + 1] = {nullptr,
                                                              &stream_pass<kFormat, 1>,
@@ -27,11 +26,9 @@ struct Vdpbf16ps {
                                                              &stream_pass<kFormat, 6>,
                                                              &stream_pass<kFormat, 7>,
                                                              &stream_pass<kFormat, 8>};
-    const int passes = (rows + kMaxRows - 1) / kMaxRows;
-    for (int p = 0; p < passes; ++p) {
-      const int begin = rows * p / passes, end = rows * (p + 1) / passes;
-      kStream[end - begin](panel, superblocks, a, begin, c + begin * kPanelLanes);
-    }
+    for_passes(rows, [&](int begin, int count) {
+      kStream[count](panel, superblocks, a, begin, c + begin * kPanelLanes);
+    });
   }
 
   template <class Decode>
@@ -49,15 +46,22 @@ struct Vdpbf16ps {
                        int rows, float* c, bool first) {
     static constexpr Function kPass[kMaxRows + 1] = {
         nullptr, &pass<1>, &pass<2>, &pass<3>, &pass<4>, &pass<5>, &pass<6>, &pass<7>, &pass<8>};
+    for_passes(rows, [&](int begin, int count) {
+      kPass[count](b, k_blocks, a.at(begin, first_block * TileRows::kTileK), a.planes,
+                   a.plane_stride(), c + begin * kPanelLanes, first);
+    });
+  }
+
+  // Calls visit(begin, count) for passes of nearly equal size, each within a tile.
+  template <class Visit>
+  static JAXMOE_INLINE void for_passes(int rows, Visit visit) {
     for (int tile = 0; tile < rows; tile += TileRows::kTileRows) {
       const int left = rows - tile;
       const int valid = left < TileRows::kTileRows ? left : TileRows::kTileRows;
       const int passes = (valid + kMaxRows - 1) / kMaxRows;
       for (int p = 0; p < passes; ++p) {
         const int begin = valid * p / passes, end = valid * (p + 1) / passes;
-        const uint8_t* rows_begin = a.at(tile + begin, first_block * TileRows::kTileK);
-        kPass[end - begin](b, k_blocks, rows_begin, a.planes, a.plane_stride(),
-                           c + (tile + begin) * kPanelLanes, first);
+        visit(tile + begin, end - begin);
       }
     }
   }
@@ -77,7 +81,7 @@ struct Vdpbf16ps {
     constexpr int kBytes = superblock_bytes(kFormat);
     // A single row would wait for its own sums.
     constexpr int kChains = kRows == 1 ? 2 : 1;
-    const uint8_t* x0 = a.data + first_row * TileRows::kRowBytes;
+    const uint8_t* x0 = a.at(first_row, 0);
     __m512 sums[2][kRows] = {};
     for (int64_t s = 0; s < superblocks; ++s, panel += kBytes) {
       for (int i = 0; i < kBytes; i += 64) {
@@ -163,6 +167,11 @@ struct Vdpbf16ps {
 
 }  // namespace
 
-void fill_avx512_bf16(Kernels& table) { fill_tiles<Vdpbf16ps>(table); }
+void fill_avx512_bf16(Kernels& table) {
+  fill_tiles<Vdpbf16ps>(table);
+  table.stream_tiles[static_cast<int>(Format::kNvfp4)] = &Vdpbf16ps::stream<Format::kNvfp4>;
+  table.stream_tiles[static_cast<int>(Format::kMxfp4)] = &Vdpbf16ps::stream<Format::kMxfp4>;
+  table.max_stream_rows = Vdpbf16ps::kMaxStreamRows;
+}
 
 }  // namespace jaxmoe::cpu

@@ -13,14 +13,9 @@ namespace {
 template <class Tiles>
 struct TileMultiply {
   using Half = Tiles;
-  static constexpr int kMinRows = 5;        // fewer are faster otherwise
-  static constexpr int kMaxStreamRows = 0;  // tiles are whole
   static constexpr int kTileBytes = TileRows::kTileRows * TileRows::kRowBytes;
   static constexpr int kProductStride = kPanelLanes * 4;               // bytes
   static constexpr int kProducts = TileRows::kTileRows * kPanelLanes;  // of a tile of rows
-
-  template <Format kFormat>
-  static void stream(const uint8_t*, int64_t, const TileRows&, int, float*) {}
 
   template <class Decode>
   static void run(Decode decode, uint8_t* tiles, int64_t superblocks, const TileRows& a, int rows,

@@ -1,12 +1,13 @@
 // Panel x rows in f32: c[r][lane] = sum_k a[r][k] * scale * e2m1(lane, k).
 //
-// Up to kStreamRows rows (decode): the panel is read once, from memory, with software prefetch. A
-// lane's dword of eight codes stays in a register; each code becomes its f32 value by a table
-// lookup and meets one broadcast of the row. A block is summed unscaled and then joins the
-// accumulator by one FMA with its scale.
+// Streaming, the faster way for up to kStreamRows rows (decode): the panel is read once for them,
+// from memory, with software prefetch. A lane's dword of eight codes stays in a register; each code
+// becomes its f32 value by a table lookup and meets one broadcast of the row. A block is summed
+// unscaled and then joins the accumulator by one FMA with its scale.
 //
-// More rows: two superblocks at a time are decoded to scaled f32 in L1 (16 KB), then kRowTile rows
-// x kColumnVectors vectors of accumulators run over them. All weights are exact in f32 either way.
+// Decoding, for more rows: two superblocks at a time are decoded to scaled f32 in L1 (16 KB), then
+// kRowTile rows x kColumnVectors vectors of accumulators run over them. All weights are exact in
+// f32 either way.
 //
 // Isa provides: kWidth, F, I, Codes, fma, load_codes, decode<j>, e4m3_scale (times 2^-8), E8m0 and
 // its product; and, if it has a faster one, its own stream for up to kMaxOwnStreamRows rows.
@@ -70,13 +71,18 @@ struct PanelF32 {
   // Far enough to hide memory latency, near enough to stay in L1 until it is read.
   static constexpr int kPrefetchBytes = 2304;
 
+  static void stream_all(const uint8_t* panel, int64_t superblocks, const float* const* a, int rows,
+                         float* c, float*) {
+    static constexpr auto kStream = streams(std::make_integer_sequence<int, kStreamRows>{});
+    const int passes = (rows + kStreamRows - 1) / kStreamRows;
+    for (int pass = 0; pass < passes; ++pass) {
+      const int begin = rows * pass / passes, end = rows * (pass + 1) / passes;
+      kStream[end - begin](panel, superblocks, a + begin, c + begin * kPanelLanes);
+    }
+  }
+
   static void run(const uint8_t* panel, int64_t superblocks, const float* const* a, int rows,
                   float* c, float* scratch) {
-    static constexpr auto kStream = streams(std::make_integer_sequence<int, kStreamRows>{});
-    if (rows <= kStreamRows) {
-      kStream[rows](panel, superblocks, a, c);
-      return;
-    }
     for (int64_t s = 0; s < superblocks; s += kChunkSuperblocks) {
       const int64_t left = superblocks - s;
       const int chunk = static_cast<int>(left < kChunkSuperblocks ? left : kChunkSuperblocks);
@@ -232,8 +238,13 @@ struct PanelF32 {
 template <class Isa>
 void fill_f32(Kernels& table) {
   using EpilogueType = Epilogue<Isa>;
-  table.panel_f32[static_cast<int>(Format::kNvfp4)] = &PanelF32<Isa, Format::kNvfp4>::run;
-  table.panel_f32[static_cast<int>(Format::kMxfp4)] = &PanelF32<Isa, Format::kMxfp4>::run;
+  using Nvfp4 = PanelF32<Isa, Format::kNvfp4>;
+  using Mxfp4 = PanelF32<Isa, Format::kMxfp4>;
+  table.stream_f32[static_cast<int>(Format::kNvfp4)] = &Nvfp4::stream_all;
+  table.stream_f32[static_cast<int>(Format::kMxfp4)] = &Mxfp4::stream_all;
+  table.panel_f32[static_cast<int>(Format::kNvfp4)] = &Nvfp4::run;
+  table.panel_f32[static_cast<int>(Format::kMxfp4)] = &Mxfp4::run;
+  table.max_stream_rows = Isa::kStreamRows;
   table.activate = &EpilogueType::activate;
   table.combine = &EpilogueType::combine;
   table.scale = &EpilogueType::scale;

@@ -104,8 +104,6 @@ struct PanelTiles {
 
   static void run(const uint8_t* panel, int64_t superblocks, const TileRows& a, int rows, float* c,
                   float* scratch) {
-    if (rows <= Multiply::kMaxStreamRows)
-      return Multiply::template stream<kFormat>(panel, superblocks, a, rows, c);
     Multiply::run(
         [&](int64_t first, int count, uint8_t* tiles) JAXMOE_LAMBDA {
           for (int i = 0; i < count; ++i) {
@@ -227,8 +225,6 @@ void fill_tiles(Kernels& table) {
   fill_fixed<VnniIsa>(table);
   table.panel_tiles[static_cast<int>(Format::kNvfp4)] = &PanelTiles<Format::kNvfp4, Multiply>::run;
   table.panel_tiles[static_cast<int>(Format::kMxfp4)] = &PanelTiles<Format::kMxfp4, Multiply>::run;
-  table.min_tile_rows = Multiply::kMinRows;
-  table.max_short_tile_rows = Multiply::kMaxStreamRows;
   table.pack_tile_f32 = &pack_tile_f32;
   table.pack_tile_bf16 = &pack_tile_bf16;
 }

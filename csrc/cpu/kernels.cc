@@ -32,6 +32,14 @@ struct Tables {
 
 }  // namespace
 
+std::vector<Tactic> named_tactics(const Kernels& table) {
+  std::vector<Tactic> found;
+  for (const Tactic tactic : kNamedTactics) {
+    if (tactic != Tactic::kInteger || table.panel_fixed[0]) found.push_back(tactic);
+  }
+  return found;
+}
+
 const Kernels* kernels(Variant variant) {
   static const Tables tables;
   const int index = static_cast<int>(variant);

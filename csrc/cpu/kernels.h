@@ -8,6 +8,7 @@
 #define JAXMOE_CSRC_CPU_KERNELS_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu/types.h"
 
@@ -80,27 +81,27 @@ struct CombineCall {
 };
 
 struct Kernels {
-  // c[r][lane] = sum_k a[r][k] w[lane][k] over the panel's padded k. Indexed by Format.
-  // `scratch` has kDecodedFloats floats.
+  // c[r][lane] = sum_k a[r][k] w[lane][k] over the panel's padded k, for any number of rows.
+  // Indexed by Format. `scratch` has kDecodedFloats floats; streaming needs none.
   using PanelF32 = void (*)(const uint8_t* panel, int64_t superblocks, const float* const* a,
                             int rows, float* c, float* scratch);
+  PanelF32 stream_f32[kNumFormats] = {};
   PanelF32 panel_f32[kNumFormats] = {};
+  int max_stream_rows = 0;  // an expert with more is faster by decoded weights
 
   // The same on 16-bit integers; null where the variant has none.
   using PanelFixed = void (*)(const uint8_t* panel, int64_t superblocks, const FixedRows& a,
                               int rows, float* c);
   PanelFixed panel_fixed[kNumFormats] = {};
-  int max_fixed_rows = 0;  // a segment with more goes through another kernel
+  int max_fixed_rows = 0;  // an expert with more is faster otherwise
 
-  // The same on bf16 tiles; null where the variant has none. `c` has room for rows rounded up to
-  // whole tiles.
+  // The same on bf16 tiles; null where f32 kernels do this. `c` has room for rows rounded up to
+  // whole tiles. Streamed rows may be one tile without padding rows; decoded weights meet whole
+  // tiles.
   using PanelTiles = void (*)(const uint8_t* panel, int64_t superblocks, const TileRows& a,
                               int rows, float* c, float* scratch);
+  PanelTiles stream_tiles[kNumFormats] = {};
   PanelTiles panel_tiles[kNumFormats] = {};
-  // A segment with at least so many rows goes through the tiles ...
-  int min_tile_rows = 0;
-  // ... and with at most so many is one tile without padding rows.
-  int max_short_tile_rows = 0;
 
   // Stores columns [k, k + n) of one row of tiles, n a multiple of 16.
   void (*pack_tile_f32)(const float* values, int64_t n, const TileRows& tiles, int64_t row,
@@ -132,6 +133,9 @@ inline constexpr float kProductExponent[kNumFormats] = {256.0f, 1.0f};
 
 // Null where the variant is not compiled into this library.
 const Kernels* kernels(Variant variant);
+
+// The tactics by name that a table has kernels for.
+std::vector<Tactic> named_tactics(const Kernels& table);
 
 // One translation unit each, compiled for its instruction set. They fill a table that kernels.cc
 // has made: not even a constructor of a shared type may be compiled for an instruction set that the

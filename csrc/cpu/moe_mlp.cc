@@ -26,11 +26,11 @@ constexpr int64_t kSumBytes = int64_t{2} << 20;
 // Below this many multiplications, waking helpers costs more than they bring.
 constexpr int64_t kMinParallelWork = int64_t{1} << 18;
 
-SegmentRule rule_for(const Kernels& kernels, Dtype dtype, const MoeMlpShape& shape) {
+SegmentRule rule_for(const Kernels& kernels, Dtype dtype, Tactic tactic, const MoeMlpShape& shape) {
   const int64_t row_bytes = round_up(shape.hidden_size, kSuperblockK) * 4;
   const int64_t fitting =
       kSegmentBytes / std::max<int64_t>(row_bytes, 1) / TileRows::kTileRows * TileRows::kTileRows;
-  SegmentRule rule = segment_rule(kernels, dtype, /*fixed=*/true);
+  SegmentRule rule = segment_rule(kernels, dtype, /*fixed=*/true, tactic);
   rule.max_rows_f32 =
       static_cast<int>(std::clamp<int64_t>(fitting, kMinSegmentRows, kMaxSegmentRows));
   rule.max_rows_tiles = kMaxSegmentRows;
@@ -39,10 +39,12 @@ SegmentRule rule_for(const Kernels& kernels, Dtype dtype, const MoeMlpShape& sha
 }
 
 int64_t chunk_tokens(const SegmentRule& rule, const MoeMlpShape& shape) {
-  const int64_t row_bytes = rule.hidden_columns * (rule.has_tiles ? 2 * rule.planes : 4);
+  const int64_t row_bytes = rule.row_bytes(rule.form(rule.tactic));
   const int64_t token_bytes = std::max<int64_t>(row_bytes * shape.top_k, 1);
-  const int64_t limit =
-      std::clamp(kWorkspaceTarget / token_bytes, kMinChunkTokens, kMaxChunkTokens);
+  // The workspace has room for every tactic, and must not grow for one that is hardly ever asked
+  // for.
+  const int64_t least = rule.tactic == Tactic::kAuto ? kMinChunkTokens : 1;
+  const int64_t limit = std::clamp(kWorkspaceTarget / token_bytes, least, kMaxChunkTokens);
   const int64_t chunks = std::max<int64_t>(ceil_div(shape.tokens, limit), 1);
   return ceil_div(shape.tokens, chunks);
 }
@@ -58,7 +60,7 @@ class MoeMlpJob : public Job {
         args_(args),
         kernels_(kernels),
         gated_(activation_info(args.activation).gated),
-        rule_(rule_for(kernels, args.dtype, args.shape)),
+        rule_(rule_for(kernels, args.dtype, args.tactic, args.shape)),
         chunk_(chunk_tokens(rule_, args.shape)),
         gate_up_tasks_(gate_up_tasks(chunk_, threads)),
         group_panels_(group_panels(args.shape, chunk_, threads)),
@@ -108,7 +110,7 @@ class MoeMlpJob : public Job {
   static std::vector<int64_t> phase_tasks(const MoeMlpArgs& args, const Kernels& kernels,
                                           int threads) {
     const MoeMlpShape& shape = args.shape;
-    const SegmentRule rule = rule_for(kernels, args.dtype, shape);
+    const SegmentRule rule = rule_for(kernels, args.dtype, args.tactic, shape);
     const int64_t chunk = chunk_tokens(rule, shape);
     const int64_t groups =
         ceil_div(ceil_div(shape.hidden_size, kPanelLanes), group_panels(shape, chunk, threads));
@@ -236,10 +238,11 @@ class MoeMlpJob : public Job {
 
   Operand hidden_operand(const Segment& segment, Scratch& scratch) const {
     if (segment.form == RowForm::kF32) {
-      return dense_rows(hidden_rows(segment), down_.padded_k(), segment.rows, scratch);
+      return dense_rows(hidden_rows(segment), down_.padded_k(), segment, scratch);
     }
     Operand a;
     a.form = segment.form;
+    a.streamed = segment.streamed;
     a.fixed = {hidden_blocks(segment), blocks_per_row()};
     a.tiles = hidden_tiles(segment);
     return a;
@@ -322,8 +325,11 @@ int64_t down_bytes(Format format, const MoeMlpShape& shape) {
 }
 
 int64_t moe_mlp_workspace_bytes(const Kernels& kernels, Dtype dtype, const MoeMlpShape& shape) {
-  const SegmentRule rule = rule_for(kernels, dtype, shape);
-  return workspace_bytes(rule, shape);
+  int64_t bytes = workspace_bytes(rule_for(kernels, dtype, Tactic::kAuto, shape), shape);
+  for (const Tactic tactic : named_tactics(kernels)) {
+    bytes = std::max(bytes, workspace_bytes(rule_for(kernels, dtype, tactic, shape), shape));
+  }
+  return bytes;
 }
 
 bool moe_mlp(const MoeMlpArgs& args, Executor* executor) {

@@ -29,6 +29,7 @@ struct MoeMlpArgs {
   Format format = Format::kNvfp4;
   Activation activation = Activation::kSwiglu;
   Dtype dtype = Dtype::kF32;  // of x and out
+  Tactic tactic = Tactic::kAuto;
   MoeMlpShape shape;
   bool weight_on_input = false;
   int64_t expert_offset = 0;
@@ -51,6 +52,7 @@ struct MoeMlpArgs {
 int64_t gate_up_bytes(Format format, Activation activation, const MoeMlpShape& shape);
 int64_t down_bytes(Format format, const MoeMlpShape& shape);
 
+// Enough for every tactic.
 int64_t moe_mlp_workspace_bytes(const Kernels& kernels, Dtype dtype, const MoeMlpShape& shape);
 
 // False if memory for a thread's scratch ran out. The arguments must be consistent (the handler

@@ -5,10 +5,11 @@
 
 namespace jaxmoe::cpu {
 
-Operand dense_rows(const float* data, int64_t stride, int rows, Scratch& scratch) {
-  const float** pointers = scratch.get<const float*>(Scratch::kPointers, rows);
-  for (int r = 0; r < rows; ++r) pointers[r] = data + r * stride;
+Operand dense_rows(const float* data, int64_t stride, const Segment& segment, Scratch& scratch) {
+  const float** pointers = scratch.get<const float*>(Scratch::kPointers, segment.rows);
+  for (int r = 0; r < segment.rows; ++r) pointers[r] = data + r * stride;
   Operand operand;
+  operand.streamed = segment.streamed;
   operand.rows = pointers;
   return operand;
 }
@@ -25,6 +26,7 @@ Operand gather(const Kernels& kernels, const Segment& segment, const Matrix& x, 
   };
   Operand operand;
   operand.form = segment.form;
+  operand.streamed = segment.streamed;
   if (segment.form == RowForm::kTiles) {
     operand.tiles.planes = tile_planes(x.dtype);
     operand.tiles.k_blocks = padded / TileRows::kTileK;
@@ -67,7 +69,7 @@ Operand gather(const Kernels& kernels, const Segment& segment, const Matrix& x, 
     }
     std::fill(row + x.columns, row + padded, 0.0f);
   }
-  return dense_rows(copy, padded, rows, scratch);
+  return dense_rows(copy, padded, segment, scratch);
 }
 
 void zero_tile_padding(const TileRows& tiles, int rows, int64_t columns) {
@@ -95,11 +97,13 @@ void multiply_panel(const Kernels& kernels, Format format, const uint8_t* panel,
   const int index = static_cast<int>(format);
   switch (a.form) {
     case RowForm::kF32:
-      return kernels.panel_f32[index](panel, geometry.superblocks, a.rows, rows, c, decoded);
+      return (a.streamed ? kernels.stream_f32 : kernels.panel_f32)[index](
+          panel, geometry.superblocks, a.rows, rows, c, decoded);
     case RowForm::kFixed:
       return kernels.panel_fixed[index](panel, geometry.superblocks, a.fixed, rows, c);
     case RowForm::kTiles:
-      return kernels.panel_tiles[index](panel, geometry.superblocks, a.tiles, rows, c, decoded);
+      return (a.streamed ? kernels.stream_tiles : kernels.panel_tiles)[index](
+          panel, geometry.superblocks, a.tiles, rows, c, decoded);
   }
 }
 

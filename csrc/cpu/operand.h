@@ -24,6 +24,7 @@ struct Matrix {
 // The member that `form` says is used. All are padded with zeros to whole superblocks.
 struct Operand {
   RowForm form = RowForm::kF32;
+  bool streamed = false;  // else the weights are decoded into L1; of kF32 and kTiles
   const float* const* rows = nullptr;
   FixedRows fixed;
   TileRows tiles;
@@ -34,8 +35,8 @@ struct Operand {
 Operand gather(const Kernels& kernels, const Segment& segment, const Matrix& x, int64_t first,
                const int32_t* indices, Scratch& scratch);
 
-// Row pointers to `rows` dense rows of `stride` floats.
-Operand dense_rows(const float* data, int64_t stride, int rows, Scratch& scratch);
+// The segment's rows, dense in f32, `stride` floats apart.
+Operand dense_rows(const float* data, int64_t stride, const Segment& segment, Scratch& scratch);
 
 // Zeroes what the tile kernels read beyond [rows, columns): further columns, and the rest of the
 // last tile.

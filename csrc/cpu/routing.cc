@@ -12,36 +12,64 @@ constexpr int64_t kDecodeRows = 6;
 
 }  // namespace
 
-int64_t SegmentRule::hidden_bytes(const Segment& segment) const {
-  switch (segment.form) {
+Tactic SegmentRule::choose(int64_t rows) const {
+  if (tactic != Tactic::kAuto) return tactic;
+  return rows <= max_fixed_rows    ? Tactic::kInteger
+         : rows <= max_stream_rows ? Tactic::kStream
+                                   : Tactic::kTiles;
+}
+
+RowForm SegmentRule::form(Tactic chosen) const {
+  return chosen == Tactic::kInteger  ? RowForm::kFixed
+         : chosen == Tactic::kStream ? stream_form
+                                     : tiles_form;
+}
+
+int64_t SegmentRule::row_bytes(RowForm rows) const {
+  switch (rows) {
     case RowForm::kF32:
-      return segment.rows * hidden_columns * 4;
+      return hidden_columns * 4;
     case RowForm::kFixed:
-      return round_up(
-          segment.rows * hidden_columns / FixedBlock::kValues * int64_t{sizeof(FixedBlock)}, 64);
+      return round_up(hidden_columns / FixedBlock::kValues * int64_t{sizeof(FixedBlock)}, 64);
     case RowForm::kTiles:
       break;
   }
-  return round_up(segment.rows, segment.tile_rows) * hidden_columns * 2 * planes;
+  return hidden_columns * 2 * planes;
+}
+
+int64_t SegmentRule::hidden_bytes(const Segment& segment) const {
+  const int64_t rows =
+      segment.form == RowForm::kTiles ? round_up(segment.rows, segment.tile_rows) : segment.rows;
+  return rows * row_bytes(segment.form);
 }
 
 int64_t SegmentRule::hidden_bytes_bound(int64_t rows, int64_t experts) const {
-  if (!has_tiles) return rows * hidden_columns * 4;
-  // Every row in tiles, one partial tile for each expert that has enough rows for them; and, for
-  // experts with few rows, f32 (the larger of the other forms) instead.
-  const int few = std::max(max_fixed_rows, min_tile_rows - 1);
-  const int64_t padded_rows =
-      rows + std::min(experts, rows / (few + 1)) * (TileRows::kTileRows - 1);
-  return padded_rows * hidden_columns * 2 * planes +
-         std::min(rows, experts * few) * hidden_columns * 4;
+  const bool any = tactic == Tactic::kAuto;
+  const RowForm many = form(tactic);  // the form of kTiles for kAuto
+  const int64_t bytes = row_bytes(many);
+  int64_t bound = rows * bytes;
+  // What experts with few rows take more in their own forms.
+  const auto add = [&](RowForm own, int64_t few) {
+    bound += std::min(rows, experts * few) * std::max<int64_t>(row_bytes(own) - bytes, 0);
+  };
+  if (any) {
+    add(RowForm::kFixed, max_fixed_rows);
+    add(stream_form, max_stream_rows);
+  }
+  // A partial tile for each expert with enough rows for tiles.
+  const int64_t least = any ? std::max(max_fixed_rows, max_stream_rows) + 1 : 1;
+  if (many == RowForm::kTiles)
+    bound += std::min(experts, rows / least) * (TileRows::kTileRows - 1) * bytes;
+  return bound;
 }
 
-SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, bool fixed) {
+SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, bool fixed, Tactic tactic) {
   SegmentRule rule;
-  rule.has_tiles = kernels.panel_tiles[0] != nullptr;
+  rule.tactic = tactic;
   rule.max_fixed_rows = fixed && dtype == Dtype::kBf16 ? kernels.max_fixed_rows : 0;
-  rule.min_tile_rows = kernels.min_tile_rows;
-  rule.max_short_tile_rows = kernels.max_short_tile_rows;
+  rule.max_stream_rows = kernels.max_stream_rows;
+  if (kernels.stream_tiles[0]) rule.stream_form = RowForm::kTiles;
+  if (kernels.panel_tiles[0]) rule.tiles_form = RowForm::kTiles;
   rule.planes = tile_planes(dtype);
   return rule;
 }
@@ -49,18 +77,18 @@ SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, bool fixed) {
 int64_t append_segments(const SegmentRule& rule, int64_t expert, int64_t first_row, int64_t rows,
                         int64_t hidden_offset, std::vector<Segment>& segments) {
   if (rows == 0) return hidden_offset;
-  const RowForm form = rows <= rule.max_fixed_rows                    ? RowForm::kFixed
-                       : rule.has_tiles && rows >= rule.min_tile_rows ? RowForm::kTiles
-                                                                      : RowForm::kF32;
-  const int tile_rows =
-      rows <= rule.max_short_tile_rows ? static_cast<int>(rows) : TileRows::kTileRows;
+  const Tactic chosen = rule.choose(rows);
+  const RowForm form = rule.form(chosen);
+  const bool streamed = chosen == Tactic::kStream;
+  const int tile_rows = streamed ? static_cast<int>(std::min<int64_t>(rows, TileRows::kTileRows))
+                                 : TileRows::kTileRows;
   const int64_t max_rows = form == RowForm::kTiles ? rule.max_rows_tiles : rule.max_rows_f32;
   const int64_t count = ceil_div(rows, max_rows);
   // Equal shares in whole tiles, so that only an expert's last tile is partial.
   const int64_t share = std::min(max_rows, round_up(ceil_div(rows, count), TileRows::kTileRows));
   for (int64_t done = 0; done < rows; done += share) {
     const int here = static_cast<int>(std::min(share, rows - done));
-    segments.push_back({expert, first_row + done, here, form, tile_rows, hidden_offset});
+    segments.push_back({expert, first_row + done, here, form, streamed, tile_rows, hidden_offset});
     hidden_offset += rule.hidden_bytes(segments.back());
   }
   return hidden_offset;

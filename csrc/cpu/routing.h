@@ -22,29 +22,34 @@ struct Segment {
   int64_t first_row;  // in the order sorted by expert
   int rows;
   RowForm form;
+  bool streamed;          // see Operand
   int tile_rows;          // of kTiles
   int64_t hidden_offset;  // of its first activation in the workspace, bytes
 };
 
-// How a kernel wants its rows cut.
+// Which kernel takes an expert's rows, and how it wants them cut.
 struct SegmentRule {
-  bool has_tiles = false;
-  int max_fixed_rows = 0;
-  int min_tile_rows = 0;
-  int max_short_tile_rows = 0;
+  Tactic tactic = Tactic::kAuto;
+  int max_fixed_rows = 0;   // of an expert whose rows are integers ...
+  int max_stream_rows = 0;  // ... or, if not, whose weights are streamed
+  RowForm stream_form = RowForm::kF32;
+  RowForm tiles_form = RowForm::kF32;
   int max_rows_f32 = 0;  // of a segment; multiples of 16
   int max_rows_tiles = 0;
   int planes = 1;              // that hold an input exactly
   int64_t hidden_columns = 0;  // padded
 
+  Tactic choose(int64_t rows) const;
+  RowForm form(Tactic chosen) const;
+  int64_t row_bytes(RowForm rows) const;  // of one row's activations
   int64_t hidden_bytes(const Segment& segment) const;
   // Bytes for all activations, whatever the routing.
   int64_t hidden_bytes_bound(int64_t rows, int64_t experts) const;
 };
 
 // The rule for a table of kernels, inputs of this type, and results that may (or may not) have an
-// error of 2^-16 of the largest of 16 inputs.
-SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, bool fixed);
+// error of 2^-16 of the largest of 16 inputs; a named tactic must be one that the table has.
+SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, bool fixed, Tactic tactic);
 
 // Appends the segments of an expert's rows; returns the workspace offset behind them.
 int64_t append_segments(const SegmentRule& rule, int64_t expert, int64_t first_row, int64_t rows,

@@ -1,6 +1,6 @@
 // SwiGLU experts on bf16 activations, in both formats, against a double-precision model of the
 // packed bytes. Expert 0 takes every token and so the blocked kernels; expert 1 takes one token and
-// so the streaming ones; expert 2 takes none.
+// so the streaming ones; expert 2 takes none. Then the same by each tactic.
 #include "cpu/self_test.h"
 
 #include <cmath>
@@ -37,15 +37,17 @@ double decode(Format format, const uint8_t* expert, const PanelGeometry& geometr
                               (k / kSuperblockK) * int64_t{superblock_bytes(format)};
   const int within = k % kSuperblockK;
   const int scale = superblock[within / block_size(format) * kPanelLanes + lane];
-  const uint8_t pair = superblock[scale_bytes(format) + (within / 8 * kPanelLanes + lane) * 4 +
-                                  within % 8 / 2];
+  const uint8_t pair =
+      superblock[scale_bytes(format) + (within / 8 * kPanelLanes + lane) * 4 + within % 8 / 2];
   const int code = within % 2 ? pair >> 4 : pair & 15;
   const double value = code & 8 ? -kMagnitudes[code & 7] : kMagnitudes[code];
   return value * (format == Format::kNvfp4 ? std::ldexp(1 + (scale & 7) / 8.0, (scale >> 3) - 7)
                                            : std::ldexp(1.0, scale - 127));
 }
 
-double relative_error(const Kernels& kernels, Format format) {
+// One for each tactic.
+std::vector<double> relative_errors(const Kernels& kernels, const std::vector<Tactic>& tactics,
+                                    Format format) {
   const MoeMlpShape shape = {kTokens, kHidden, kIntermediate, kExperts, kChoices};
   const PanelGeometry up_geometry(format, kIntermediate, kHidden, true);
   const PanelGeometry down_geometry(format, kHidden, kIntermediate, false);
@@ -54,12 +56,12 @@ double relative_error(const Kernels& kernels, Format format) {
     std::vector<uint8_t> bytes(static_cast<size_t>(geometry.expert_bytes * kExperts));
     for (size_t i = 0; i < bytes.size(); ++i) {
       const int64_t offset = static_cast<int64_t>(i) % superblock_bytes(format);
-      const int64_t first_k = static_cast<int64_t>(i) % geometry.panel_bytes /
-                              superblock_bytes(format) * kSuperblockK;
+      const int64_t first_k =
+          static_cast<int64_t>(i) % geometry.panel_bytes / superblock_bytes(format) * kSuperblockK;
       if (offset < scale_bytes(format)) {  // normal scales between 2^-5 and 2^-2
         const uint32_t steps = random.next() % 3;
-        bytes[i] = static_cast<uint8_t>(format == Format::kNvfp4 ? (2 + steps) << 3 | (steps * 2 + 1)
-                                                                 : 122 + steps);
+        bytes[i] = static_cast<uint8_t>(
+            format == Format::kNvfp4 ? (2 + steps) << 3 | (steps * 2 + 1) : 122 + steps);
       } else if (first_k + (offset - scale_bytes(format)) / (4 * kPanelLanes) * 8 < k) {
         bytes[i] = static_cast<uint8_t>(random.next());
       }
@@ -95,7 +97,6 @@ double relative_error(const Kernels& kernels, Format format) {
   args.activation = Activation::kSwiglu;
   args.dtype = Dtype::kBf16;
   args.shape = shape;
-  std::vector<uint16_t> out(x.size(), 0x7fc0);
   std::vector<uint8_t> workspace(
       static_cast<size_t>(moe_mlp_workspace_bytes(kernels, args.dtype, shape)) + 64, 0xff);
   args.x = x.data();
@@ -106,12 +107,18 @@ double relative_error(const Kernels& kernels, Format format) {
   args.activation_params = params;
   args.expert_ids = ids.data();
   args.weights = weights.data();
-  args.out = out.data();
-  args.workspace = reinterpret_cast<void*>(
-      (reinterpret_cast<uintptr_t>(workspace.data()) + 63) & ~uintptr_t{63});
-  if (!moe_mlp(args, nullptr)) return INFINITY;
+  args.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) &
+                                           ~uintptr_t{63});
+  std::vector<std::vector<uint16_t>> results;
+  for (const Tactic tactic : tactics) {
+    results.emplace_back(x.size(), uint16_t{0x7fc0});
+    args.tactic = tactic;
+    args.out = results.back().data();
+    if (!moe_mlp(args, nullptr)) return std::vector<double>(tactics.size(), INFINITY);
+  }
 
-  double error = 0, norm = 0;
+  std::vector<double> errors(tactics.size(), 0.0);
+  double norm = 0;
   for (int t = 0; t < kTokens; ++t) {
     std::vector<double> y(kHidden, 0.0);
     for (int j = 0; j < kChoices; ++j) {
@@ -130,34 +137,40 @@ double relative_error(const Kernels& kernels, Format format) {
         const double gate = product(i);
         const double h = gate / (1 + std::exp(-gate)) * product(kIntermediate + i);
         for (int n = 0; n < kHidden; ++n) {
-          y[static_cast<size_t>(n)] +=
-              0.75 * h * down_global[e] *
-              decode(format, down.data() + e * down_geometry.expert_bytes, down_geometry, false, n,
-                     kHidden, i);
+          y[static_cast<size_t>(n)] += 0.75 * h * down_global[e] *
+                                       decode(format, down.data() + e * down_geometry.expert_bytes,
+                                              down_geometry, false, n, kHidden, i);
         }
       }
     }
     for (int n = 0; n < kHidden; ++n) {
-      const uint32_t bits = uint32_t{out[static_cast<size_t>(t * kHidden + n)]} << 16;
-      float got;
-      std::memcpy(&got, &bits, sizeof got);
       const double want = y[static_cast<size_t>(n)];
-      error += (got - want) * (got - want);
       norm += want * want;
+      for (size_t i = 0; i < results.size(); ++i) {
+        const uint32_t bits = uint32_t{results[i][static_cast<size_t>(t * kHidden + n)]} << 16;
+        float got;
+        std::memcpy(&got, &bits, sizeof got);
+        errors[i] += (got - want) * (got - want);
+      }
     }
   }
-  return std::sqrt(error / norm);
+  for (double& error : errors) error = std::sqrt(error / norm);
+  return errors;
 }
 
 }  // namespace
 
 std::string self_test(const Kernels& kernels) {
+  std::vector<Tactic> tactics = named_tactics(kernels);
+  tactics.insert(tactics.begin(), Tactic::kAuto);
   for (int i = 0; i < kNumFormats; ++i) {
     const Format format = static_cast<Format>(i);
-    const double error = relative_error(kernels, format);
-    if (!(error <= kTolerance)) {  // also for NaN
-      return "a relative error of " + std::to_string(error) + " on " + format_name(format) +
-             " weights, more than " + std::to_string(kTolerance);
+    const std::vector<double> errors = relative_errors(kernels, tactics, format);
+    for (size_t t = 0; t < tactics.size(); ++t) {
+      if (errors[t] <= kTolerance) continue;  // not for NaN
+      const std::string by = t ? " by tactic " + std::string(tactic_name(tactics[t])) : "";
+      return "a relative error of " + std::to_string(errors[t]) + " on " + format_name(format) +
+             " weights" + by + ", more than " + std::to_string(kTolerance);
     }
   }
   return "";

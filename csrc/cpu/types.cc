@@ -21,6 +21,7 @@ constexpr std::array<ActivationInfo, kNumActivations> kActivations = {{
 constexpr std::array<const char*, kNumFormats> kFormats = {"nvfp4", "mxfp4"};
 constexpr std::array<const char*, kNumVariants> kVariants = {
     "cpu_portable", "cpu_avx2", "cpu_avx512", "cpu_avx512_bf16", "cpu_amx"};
+constexpr std::array<const char*, 4> kTactics = {"", "integer", "stream", "tiles"};
 
 template <class Enum, class Names>
 std::optional<Enum> parse(const Names& names, std::string_view name) {
@@ -53,6 +54,7 @@ const ActivationInfo& activation_info(Activation activation) {
 }
 const char* format_name(Format format) { return kFormats[static_cast<size_t>(format)]; }
 const char* variant_name(Variant variant) { return kVariants[static_cast<size_t>(variant)]; }
+const char* tactic_name(Tactic tactic) { return kTactics[static_cast<size_t>(tactic)]; }
 
 std::optional<Activation> parse_activation(std::string_view name) {
   return parse<Activation>(activation_name_array(), name);
@@ -61,6 +63,7 @@ std::optional<Format> parse_format(std::string_view name) { return parse<Format>
 std::optional<Variant> parse_variant(std::string_view name) {
   return parse<Variant>(kVariants, name);
 }
+std::optional<Tactic> parse_tactic(std::string_view name) { return parse<Tactic>(kTactics, name); }
 
 std::string activation_names() { return join(activation_name_array()); }
 std::string format_names() { return join(kFormats); }

@@ -19,6 +19,15 @@ enum class Dtype { kF32, kBf16 };
 enum class Variant { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 inline constexpr int kNumVariants = 5;
 
+// Which kernels of a variant run: chosen by the rows of each expert, or one kind for all.
+enum class Tactic {
+  kAuto,
+  kInteger,  // 16-bit integers, for few rows
+  kStream,   // weights decoded into registers
+  kTiles,    // weights decoded into L1, for many rows
+};
+inline constexpr Tactic kNamedTactics[] = {Tactic::kInteger, Tactic::kStream, Tactic::kTiles};
+
 enum class Activation {
   kSwiglu,
   kSwigluStep,
@@ -44,10 +53,12 @@ struct ActivationInfo {
 const ActivationInfo& activation_info(Activation activation);
 const char* format_name(Format format);
 const char* variant_name(Variant variant);
+const char* tactic_name(Tactic tactic);  // "" for kAuto
 
 std::optional<Activation> parse_activation(std::string_view name);
 std::optional<Format> parse_format(std::string_view name);
 std::optional<Variant> parse_variant(std::string_view name);
+std::optional<Tactic> parse_tactic(std::string_view name);
 
 // "a, b, c": the known names of each kind, for error messages.
 std::string activation_names();

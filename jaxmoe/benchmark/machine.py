@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import platform
 import re
 import time
 from collections.abc import Callable
@@ -16,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxmoe import _processor
 
 _CACHE = 32 * 2**20  # bytes, where the system does not say
 _DEVICE_CACHE = 128 * 2**20  # no GPU here has a larger L2: 50 MB on an H100, 126 MB on a B200
@@ -58,7 +58,7 @@ def device_name() -> str:
     True
     """
     device = jax.local_devices()[0]
-    return _cpu_name() if device.platform == "cpu" else device.device_kind
+    return _processor.name() if device.platform == "cpu" else device.device_kind
 
 
 def measure_machine(*, megabytes: int = 256, matrix_size: int | None = None) -> Machine:
@@ -109,7 +109,7 @@ def _best(f: Callable[[], object], repetitions: int = 5) -> float:
 
 
 def _host_bandwidth(size: int) -> float:
-    cores = _num_cores()
+    cores = _processor.num_cores()
     parts = np.array_split(np.ones(size // 4, np.float32), cores)
     with ThreadPoolExecutor(cores) as pool:
         return size / _best(lambda: list(pool.map(lambda p: np.dot(p, p), parts)))
@@ -148,20 +148,6 @@ def _best_launch(
         _best(lambda: jax.block_until_ready([f(*args) for _ in range(launches)]), repetitions)
         / launches
     )
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpu_name() -> str:
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file() and (match := re.search(r"model name\s*:\s*(.+)", info.read_text())):
-        name = match.group(1).strip()
-    return f"{name}, {_num_cores()} cores"
 
 
 def _last_level_cache() -> int:

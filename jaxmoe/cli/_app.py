@@ -429,7 +429,7 @@ def tune(
         Option("--json", help="Add to this table. Default: the user's cache.", dir_okay=False),
     ] = None,
 ) -> None:
-    """Measure the tactics of this GPU's kernels for a layer, and record the fastest.
+    """Measure the tactics of this device's kernels for a layer, and record the fastest.
 
     Functions that are traced from then on use what is in the user's cache: $JAXMOE_TUNING_CACHE,
     else jaxmoe/tuning.json under $XDG_CACHE_HOME or ~/.cache. Nothing else ever writes it.

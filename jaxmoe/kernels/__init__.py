@@ -76,7 +76,7 @@ def with_tactic(resolution: Resolution) -> Resolution:
 def tactics(variant: str) -> Mapping[str, int]:
     """What the library can be told to take for a variant, with its bytes of shared memory.
 
-    Empty for a variant that has no choice, or whose library is not built.
+    Empty for a variant that has no choice, or whose library is not built. A CPU's take 0 bytes.
     """
     manifest = _manifest(variant)
     return manifest["variants"].get(variant, {}).get("tactics", {}) if manifest else {}

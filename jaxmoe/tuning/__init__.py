@@ -1,8 +1,8 @@
 """Which of a kernel variant's tactics runs a problem: measured tables, and the autotuner.
 
-A tactic is one way in which a native library can run a variant (its tile shapes); the library has
-a heuristic for the choice. `tune` measures the tactics on the device that is here and writes the
-winners to a cache; from then on `lookup` finds them while a function is traced.
+A tactic is one way in which a native library can run a variant (its tile shapes, or its kernels);
+the library has a heuristic for the choice. `tune` measures the tactics on the device that is here
+and writes the winners to a cache; from then on `lookup` finds them while a function is traced.
 
 >>> import jaxmoe
 >>> from jaxmoe import benchmark, tuning

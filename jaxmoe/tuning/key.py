@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxmoe import _processor
 from jaxmoe.activations import ACTIVATIONS
 from jaxmoe.capability import Resolution
 
@@ -25,7 +26,8 @@ class Key:
     """The problem of one table entry.
 
     Args:
-      device: the device's name as JAX gives it, `"NVIDIA H100 80GB HBM3"`.
+      device: the device's name as JAX gives it, `"NVIDIA H100 80GB HBM3"`; of a CPU, to which JAX
+        gives none, that of this machine's processor with the number of usable cores.
       variant: the kernel variant.
       op: `moe_mlp` or `grouped_matmul`.
       weight_format: format of the weights.
@@ -64,9 +66,10 @@ class Key:
         """
         problem = resolution.problem
         mlp = problem.op == "moe_mlp"
+        device = resolution.target.device_kind
         activation = ACTIVATIONS.get(problem.activation)
         return cls(
-            device=resolution.target.device_kind,
+            device=_processor.name() if device.lower() == "cpu" else device,
             variant=resolution.variant,
             op=problem.op,
             weight_format=problem.weight_format,

@@ -115,8 +115,8 @@ def tune(
     if not tactics:
         raise TuningError(
             f"{resolution.selected}, which runs {weight_format} weights on {resolution.target}, "
-            "has no tactics to choose from: there is nothing to tune. Variants with tactics run on "
-            "NVIDIA GPUs whose library is built; `jaxmoe explain` says what is missing"
+            "has no tactics to choose from: there is nothing to tune. The variants of the native "
+            "libraries have tactics; `jaxmoe explain` says why none of them was selected"
         )
     limit = SMEM_LIMIT.get(resolution.target.sm or 0, 0)
     too_large = {

@@ -1,4 +1,4 @@
-// Times moe_mlp without XLA: bench_moe_mlp VARIANT FORMAT DTYPE THREADS T... [-- H I E k]
+// Times moe_mlp without XLA: bench_moe_mlp VARIANT[:TACTIC] FORMAT DTYPE THREADS T... [-- H I E k]
 //
 // One layer (by default of Qwen3-30B-A3B), larger than the caches; every repetition has another
 // routing. Prints the median time, the packed weight bytes of the experts touched per second, and
@@ -119,14 +119,18 @@ void measure(const char* label, MoeMlpArgs args, int64_t tokens, Executor* execu
 
 int run(int argc, char** argv) {
   if (argc < 6) {
-    std::fprintf(stderr, "usage: %s VARIANT FORMAT f32|bf16 THREADS T... [-- H I E k]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s VARIANT[:TACTIC] FORMAT f32|bf16 THREADS T... [-- H I E k]\n",
+                 argv[0]);
     return 2;
   }
-  const auto variant = parse_variant(argv[1]);
+  const std::string name = argv[1];
+  const size_t colon = std::min(name.find(':'), name.size());
+  const auto variant = parse_variant(name.substr(0, colon));
+  const auto tactic = parse_tactic(colon < name.size() ? name.substr(colon + 1) : "");
   const auto format = parse_format(argv[2]);
-  if (!variant || !format) {
-    std::fprintf(stderr, "variants: %s; formats: %s\n", variant_names().c_str(),
-                 format_names().c_str());
+  if (!variant || !tactic || !format) {
+    std::fprintf(stderr, "variants: %s; tactics: integer, stream, tiles; formats: %s\n",
+                 variant_names().c_str(), format_names().c_str());
     return 2;
   }
   if (const std::string reason = why_not(*variant); !reason.empty()) {
@@ -135,8 +139,14 @@ int run(int argc, char** argv) {
   }
   MoeMlpArgs args;
   args.kernels = kernels(*variant);
+  args.tactic = *tactic;
   args.format = *format;
   args.dtype = std::string(argv[3]) == "bf16" ? Dtype::kBf16 : Dtype::kF32;
+  const std::vector<Tactic> has = named_tactics(*args.kernels);
+  if (*tactic != Tactic::kAuto && std::find(has.begin(), has.end(), *tactic) == has.end()) {
+    std::fprintf(stderr, "%s has no such tactic\n", variant_name(*variant));
+    return 2;
+  }
   args.shape = {0, 2048, 768, 128, 8};
   std::vector<int64_t> token_counts;
   int i = 5;

@@ -1,6 +1,6 @@
-// Tests of csrc/cpu without XLA: every variant that this machine can run, against a plain f64
-// reference. Buffers are allocated to the byte, so that AddressSanitizer sees every overrun, and
-// poisoned, so that a read of what nobody wrote turns into NaN.
+// Tests of csrc/cpu without XLA: every tactic of every variant that this machine can run, against a
+// plain f64 reference. Buffers are allocated to the byte, so that AddressSanitizer sees every
+// overrun, and poisoned, so that a read of what nobody wrote turns into NaN.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -18,6 +18,7 @@
 #include "cpu/kernels.h"
 #include "cpu/layout.h"
 #include "cpu/moe_mlp.h"
+#include "cpu/routing.h"
 #include "reference.h"
 #include "thread_pool.h"
 
@@ -40,10 +41,16 @@ void expect_below(double value, double limit, const std::string& what) {
   expect(value <= limit, what + ": " + std::to_string(value) + " > " + std::to_string(limit));
 }
 
-// A table of kernels under test.
+// A table of kernels under test, by its own choice or by one tactic.
 struct Kind {
   std::string label;
   const Kernels* table;
+  Tactic tactic = Tactic::kAuto;
+
+  // As the handlers refuse it.
+  bool suits(Dtype x, Dtype out) const {
+    return tactic != Tactic::kInteger || (x == Dtype::kBf16 && out == Dtype::kBf16);
+  }
 };
 
 constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
@@ -217,6 +224,7 @@ class Layer {
     args.format = case_.format;
     args.activation = case_.activation;
     args.dtype = case_.dtype;
+    args.tactic = kind.tactic;
     args.shape = s;
     args.weight_on_input = case_.weight_on_input;
     args.expert_offset = case_.expert_offset;
@@ -258,7 +266,8 @@ class Layer {
   std::vector<int32_t> ids_;
 };
 
-std::vector<Kind> runnable;
+std::vector<Kind> tables;    // each by its own choice
+std::vector<Kind> runnable;  // these, and each by each of its tactics
 
 bool same_bits(const Buffer& a, const Buffer& b) {
   return a.bf16 == b.bf16 && a.f32.size() == b.f32.size() &&
@@ -268,12 +277,13 @@ bool same_bits(const Buffer& a, const Buffer& b) {
 
 double tolerance(Dtype dtype) { return dtype == Dtype::kF32 ? 3e-6 : 4e-3; }
 
-// Every variant against the reference, with 1 and 3 threads; same bits for both.
+// Every tactic of every variant against the reference, with 1 and 3 threads; same bits for both.
 void check_moe_mlp(const Case& c) {
   Layer layer(c);
   const std::vector<double> want = layer.expected();
   ThreadPool pool(3);
   for (const Kind& kind : runnable) {
+    if (!kind.suits(c.dtype, c.dtype)) continue;
     const Buffer alone = layer.run(kind, nullptr);
     const Buffer together = layer.run(kind, &pool);
     const std::vector<double> got = alone.values(static_cast<int64_t>(want.size()));
@@ -371,22 +381,66 @@ void test_extremes() {
       c.shape = {tokens, 64, 64, 2, 1};
       c.dtype = tokens == 3 ? Dtype::kF32 : Dtype::kBf16;
       Layer layer(c);
+      std::vector<Kind> kinds;
       std::vector<Buffer> ordinary;
-      for (const Kind& kind : runnable) ordinary.push_back(layer.run(kind, nullptr));
-      for (int64_t i = 0; i < 64; ++i) layer.x().set(64 + i, i % 2 ? 1e15f : -1e14f);
       for (const Kind& kind : runnable) {
+        if (!kind.suits(c.dtype, c.dtype)) continue;
+        kinds.push_back(kind);
+        ordinary.push_back(layer.run(kind, nullptr));
+      }
+      for (int64_t i = 0; i < 64; ++i) layer.x().set(64 + i, i % 2 ? 1e15f : -1e14f);
+      for (const Kind& kind : kinds) {
         const Buffer out = layer.run(kind, nullptr);
         for (int64_t i = 64; i < 128; ++i)
           expect(!std::isnan(out.get(i)), c.name(kind) + ": NaN for large x");
       }
       for (int64_t i = 0; i < 64; ++i) layer.x().set(64 + i, kPoison);
-      for (size_t v = 0; v < runnable.size(); ++v) {
-        const Buffer out = layer.run(runnable[v], nullptr);
+      for (size_t v = 0; v < kinds.size(); ++v) {
+        const Buffer out = layer.run(kinds[v], nullptr);
         for (int64_t i = 0; i < tokens * 64; ++i) {
           const bool own_row = i / 64 == 1;
           expect(own_row ? std::isnan(out.get(i)) : out.get(i) == ordinary[v].get(i),
-                 c.name(runnable[v]) + ": a NaN row poisons itself and nothing else");
+                 c.name(kinds[v]) + ": a NaN row poisons itself and nothing else");
         }
+      }
+    }
+  }
+}
+
+// Whatever the routing, the activations fit into the workspace, one behind the other, and their
+// number of rows is that of the expert.
+void test_segments() {
+  Random random(3);
+  for (const Kind& kind : runnable) {
+    for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+      SegmentRule rule = segment_rule(*kind.table, dtype, true, kind.tactic);
+      rule.hidden_columns = 192;
+      rule.max_rows_f32 = 48;
+      rule.max_rows_tiles = 256;
+      for (int round = 0; round < 300; ++round) {
+        const int64_t experts = 1 + random() % 9;
+        const int64_t most = int64_t{1} << (random() % 10);
+        std::vector<Segment> segments;
+        int64_t rows = 0, offset = 0;
+        for (int64_t e = 0; e < experts; ++e) {
+          const int64_t own = random() % most;
+          const size_t first = segments.size();
+          offset = append_segments(rule, e, rows, own, offset, segments);
+          int64_t cut = 0;
+          for (size_t i = first; i < segments.size(); ++i) {
+            const Segment& segment = segments[i];
+            expect(segment.first_row == rows + cut && segment.rows > 0 &&
+                       segment.hidden_offset % 64 == 0,
+                   kind.label + ": segments follow each other");
+            expect(kind.tactic == Tactic::kAuto || segment.form == rule.form(kind.tactic),
+                   kind.label + ": every segment goes through the kernels of the tactic");
+            cut += segment.rows;
+          }
+          expect(cut == own, kind.label + ": all rows of an expert are in its segments");
+          rows += own;
+        }
+        expect(offset <= rule.hidden_bytes_bound(rows, experts),
+               kind.label + ": activations fit into the workspace");
       }
     }
   }
@@ -434,10 +488,12 @@ void check_grouped(const GroupedCase& c, const std::string& label) {
   }
   ThreadPool pool(3);
   for (const Kind& kind : runnable) {
+    if (!kind.suits(c.x_dtype, c.out_dtype)) continue;
     const auto run = [&](Executor* executor) {
       Buffer out(c.out_dtype, c.rows * c.n);
       GroupedMatmulArgs args;
       args.kernels = kind.table;
+      args.tactic = kind.tactic;
       args.format = c.format;
       args.x_dtype = c.x_dtype;
       args.out_dtype = c.out_dtype;
@@ -509,9 +565,11 @@ void test_every_scale() {
             x.set(i, i % block == i / block % block ? 1.0f : 0.0f);
           const std::vector<int32_t> sizes = {static_cast<int32_t>(rows)};
           for (const Kind& kind : runnable) {
+            if (!kind.suits(dtype, Dtype::kF32)) continue;
             Buffer out(Dtype::kF32, rows * 32);
             GroupedMatmulArgs args;
             args.kernels = kind.table;
+            args.tactic = kind.tactic;
             args.format = format;
             args.x_dtype = dtype;
             args.rows = rows;
@@ -530,10 +588,11 @@ void test_every_scale() {
                 // Beyond f32's range weights are infinite, and zeros of x times them NaN.
                 if (format == Format::kMxfp4 && byte >= 253) continue;
                 const bool flushed = std::abs(want) < std::ldexp(1.0, -126) && got == 0;
-                expect(got == want || flushed, kind.label + " " + format_name(format) +
-                                                   " scale byte " + std::to_string(byte) +
-                                                   ": got " + std::to_string(got) + ", want " +
-                                                   std::to_string(want));
+                const bool right = got == want || flushed;
+                expect(right, right ? ""
+                                    : kind.label + " " + format_name(format) + " scale byte " +
+                                          std::to_string(byte) + ": got " + std::to_string(got) +
+                                          ", want " + std::to_string(want));
               }
             }
           }
@@ -549,11 +608,11 @@ void test_fixed() {
   enum { kNormal, kOutliers, kWhole };
   constexpr int64_t kColumns = 1088, kSuperblocks = kColumns / kSuperblockK;
   Random random(9);
-  for (const Kind& kind : runnable) {
+  for (const Kind& kind : tables) {
     if (!kind.table->panel_fixed[0]) continue;
     for (const Format format : {Format::kNvfp4, Format::kMxfp4}) {
       for (const int values : {kNormal, kOutliers, kWhole}) {
-        for (int rows = 1; rows <= kind.table->max_fixed_rows; rows += 1 + rows / 5) {
+        for (int rows = 1; rows <= 40; rows += 1 + rows / 5) {
           const Grid grid = values == kWhole ? Grid::kExact : Grid::kOrdinary;
           const reference::Weights w =
               reference::random_weights(format, 1, kPanelLanes, kColumns, grid, random);
@@ -601,7 +660,7 @@ void test_fixed() {
 // Each power of two and its neighbours: no byte overflows, and what is beyond f32 poisons its
 // block.
 void test_fixed_range() {
-  for (const Kind& kind : runnable) {
+  for (const Kind& kind : tables) {
     if (!kind.table->pack_fixed) continue;
     const auto error = [&](const std::vector<float>& x) {
       FixedBlock block;
@@ -717,18 +776,25 @@ int main() {
   for (const Variant variant : built_variants()) {
     const std::string reason = why_not(variant);
     std::printf("%s\n", reason.empty() ? variant_name(variant) : ("left out: " + reason).c_str());
-    if (reason.empty()) runnable.push_back({variant_name(variant), kernels(variant)});
+    if (reason.empty()) tables.push_back({variant_name(variant), kernels(variant)});
   }
 #if defined(__x86_64__)
   if (why_not(Variant::kAvx512Bf16).empty())
-    runnable.push_back({"cpu_amx (model)", &amx_model_kernels()});
+    tables.push_back({"cpu_amx (model)", &amx_model_kernels()});
 #endif
+  for (const Kind& own : tables) {
+    runnable.push_back(own);
+    for (const Tactic tactic : named_tactics(*own.table)) {
+      runnable.push_back({own.label + " " + tactic_name(tactic), own.table, tactic});
+    }
+  }
   const std::pair<const char*, void (*)()> tests[] = {
       {"activations", &test_activations},
       {"shapes", &test_shapes},
       {"routings", &test_routings},
       {"exact", &test_exact},
       {"extremes", &test_extremes},
+      {"segments", &test_segments},
       {"chunks", &test_many_tokens_in_chunks},
       {"grouped_matmul", &test_grouped_matmul},
       {"every_scale", &test_every_scale},
