@@ -148,16 +148,43 @@ class Worker:
 
 @dataclasses.dataclass
 class _Runner:
-    """A worker while it is able, and what it said of itself."""
+    """A worker and what it said of itself, with the time of its last call at a number of tokens."""
 
     worker: Worker
     about: Mapping[str, Any]
-    slow: str = ""  # why larger T are not asked for
+    tokens: int = 1
+    call: float = 0.0
+
+    def predicted(self, tokens: int) -> float:
+        """Seconds of a call in proportion to the last one's tokens: at most, as a rule."""
+        return self.call * tokens / self.tokens
+
+
+@dataclasses.dataclass
+class _Cell:
+    """What is known of an implementation at one T: checked, then timed in turns."""
+
+    of: _Runner
+    error: float
+    call: float  # seconds of a call
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    number: int = 1
+    failed: str = ""
+
+    def time(self, count: int, warm: int = 0) -> list[float]:
+        """Seconds of the next calls but for the first `warm`; none if the worker failed."""
+        if self.failed:
+            return []
+        answer = self.of.worker.ask(do="time", first=self.number, count=warm + count)
+        self.number += warm + count
+        self.failed = _reason(answer)
+        return [] if self.failed else answer["seconds"][warm:]
 
 
 def measure(
     layer: benchmark.Layer, problem: Problem, tokens: Sequence[int], names: Sequence[str],
     machine: benchmark.Machine, *, python: Path, rounds: int, budget: float, slow: float,
+    longest: float,
 ) -> Iterator[tuple[benchmark.Measurement, str] | benchmark.Skipped]:  # fmt: skip
     """Measurements, each with its library's version, or why there is none.
 
@@ -170,7 +197,8 @@ def measure(
       python: the interpreter of the libraries' environment.
       rounds: turns of each implementation at each T.
       budget: seconds of timed calls for each implementation and T.
-      slow: seconds of a call from which on it is the only one, and larger T are left out.
+      slow: seconds of a call from which on the first one is the only one.
+      longest: seconds from which on a call is not made, by proportion to the last T.
     """
     rows = {t: sorted({0, t // 2, t - 1}) for t in tokens}
     sample = sorted(set().union(*rows.values()))
@@ -188,31 +216,21 @@ def measure(
                 runners.pop().worker.close()
                 yield benchmark.Skipped(name, 0, reason)
         for t in tokens:
-            able = []
+            cells = []
             for of in list(runners):
-                if of.slow:
-                    yield benchmark.Skipped(of.about["name"], t, of.slow)
+                found = _begin(of, t, rows[t], np.stack([expected[r] for r in rows[t]]), longest)
+                if isinstance(found, _Cell):
+                    cells.append(found)
+                else:
+                    yield benchmark.Skipped(of.about["name"], t, found)
+            _take_turns(cells, rounds, budget, slow)
+            for cell in cells:
+                about = cell.of.about
+                if cell.failed:
+                    yield benchmark.Skipped(about["name"], t, cell.failed)
                     continue
-                began = of.worker.ask(do="begin", tokens=t, rows=rows[t])
-                if reason := _reason(began):
-                    runners.remove(of)
-                    of.worker.close()
-                    yield benchmark.Skipped(of.about["name"], t, reason)
-                    continue
-                error = data.distance(of.worker.result(), np.stack([expected[r] for r in rows[t]]))
-                if not error <= MOST_ERROR[of.about["compute"]]:
-                    reason = f"its result is off by {error:.2g} from the float64 oracle: not timed"
-                    yield benchmark.Skipped(of.about["name"], t, reason)
-                    continue
-                if began["seconds"] > slow:
-                    of.slow = f"a call took {began['seconds']:.1f} s at T = {t}"
-                able.append((of, began["seconds"], error))
-            times = _time(able, rounds, budget, slow)
-            for (of, _, error), seconds in zip(able, times, strict=True):
-                yield (
-                    _measurement(layer, problem, t, of.about, seconds, error, machine),
-                    str(of.about["version"]),
-                )
+                made = _measurement(layer, problem, t, about, cell.seconds, cell.error, machine)
+                yield made, str(about["version"])
     finally:
         for of in runners:
             of.worker.close()
@@ -222,31 +240,39 @@ def _reason(answer: Mapping[str, Any]) -> str:
     return answer.get("refused") or answer.get("failed") or ""
 
 
-def _time(
-    able: Sequence[tuple[_Runner, float, float]], rounds: int, budget: float, slow: float
-) -> list[list[float]]:
-    """Seconds of timed calls of each, in turns; the first call alone of those that are slow."""
-    seconds: list[list[float]] = [[first] if first > slow else [] for _, first, _ in able]
-    # The second call says how many fit: the first has touched the memory.
-    after = [
-        first if first > slow else of.worker.ask(do="time", first=1, count=1)["seconds"][0]
-        for of, first, _ in able
-    ]
-    turns = [
-        0 if of else max(1, min(rounds, int(slow / s)))
-        for of, s in zip(seconds, after, strict=True)
-    ]
-    number = [2] * len(able)
+def _begin(
+    of: _Runner, tokens: int, rows: Sequence[int], expected: np.ndarray, longest: float
+) -> _Cell | str:
+    """The first call, checked; or why there is nothing to time."""
+    if of.predicted(tokens) > longest:
+        return f"a call would take some {of.predicted(tokens):.0f} s: see --longest"
+    began = of.worker.ask(do="begin", tokens=tokens, rows=rows)
+    if reason := _reason(began):
+        return reason
+    error = data.distance(of.worker.result(), expected)
+    if not error <= MOST_ERROR[of.about["compute"]]:
+        return f"its result is off by {error:.2g} from the float64 oracle: not timed"
+    of.tokens, of.call = tokens, began["seconds"]
+    return _Cell(of, error, began["seconds"])
+
+
+def _take_turns(cells: Sequence[_Cell], rounds: int, budget: float, slow: float) -> None:
+    """Times each, some calls a turn; of those that are slow the first call is all."""
+    turns = []
+    for cell in cells:
+        if cell.call > slow:
+            cell.seconds.append(cell.call)
+        else:  # the first call has touched the memory; the second says how many fit
+            cell.call = next(iter(cell.time(1)), cell.call)
+        turns.append(0 if cell.seconds else max(1, min(rounds, int(slow / cell.call))))
     for i in timing.interleave(turns):
         time.sleep(_PAUSE)
-        warm = 1 if after[i] < _HOT else 0
-        count = warm + max(1, min(_MOST_CALLS, int(budget / rounds / after[i])))
-        answer = able[i][0].worker.ask(do="time", first=number[i], count=count)
-        if reason := _reason(answer):
-            raise RuntimeError(f"{able[i][0].worker.name}: {reason}")
-        seconds[i] += answer["seconds"][warm:]
-        number[i] += count
-    return seconds
+        cell = cells[i]
+        count = max(1, min(_MOST_CALLS, int(budget / rounds / cell.call)))
+        cell.seconds += cell.time(count, warm=1 if cell.call < _HOT else 0)
+    for cell in cells:
+        if cell.seconds:
+            cell.of.call = timing.Timing(tuple(cell.seconds)).median
 
 
 def _measurement(
@@ -291,11 +317,13 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--implementation", action="append", choices=[*IMPLEMENTATIONS])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each and T")
+    parser.add_argument("--seconds", type=float, default=0.7, help="for each and T")
     parser.add_argument(
-        "--slow", type=float, default=3.0,
-        help="seconds of a call from which on it is not repeated, and no larger T asked for",
-    )  # fmt: skip
+        "--slow", type=float, default=2.0, help="seconds from which on a call is made only once"
+    )
+    parser.add_argument(
+        "--longest", type=float, default=8.0, help="seconds from which on a call is left out"
+    )
     parser.add_argument("--memory", type=float, default=6.0, help="GiB for all together")
     parser.add_argument("--json", type=Path, help="default: results/peers/<device>.json")
     parser.add_argument("--documents", action="store_true", help="renew README.md and docs/")
@@ -333,6 +361,7 @@ def main(given: Sequence[str] | None = None) -> None:
                     layer, problem, tokens, names, machine,
                     python=options.venv / "bin" / "python",
                     rounds=options.rounds, budget=options.seconds, slow=options.slow,
+                    longest=options.longest,
                 ):  # fmt: skip
                     if isinstance(found, benchmark.Skipped):
                         at = f" T={found.tokens}" if found.tokens else ""

@@ -107,7 +107,8 @@ def test_ggml_blocks_hold_the_same_numbers(script, problem):
 
 
 def results(script, problem, names, tokens=(1, 9), **changed):
-    options = {"python": Path(sys.executable), "rounds": 2, "budget": 0.02, "slow": 60.0} | changed
+    options = {"python": Path(sys.executable), "rounds": 2, "budget": 0.02, "slow": 60.0}
+    options |= {"longest": 3600.0} | changed
     measure = script("run_cpu_peers").measure
     return list(measure(TINY, problem, tokens, names, MACHINE, **options))
 
@@ -142,11 +143,11 @@ def test_what_computes_something_else_is_not_timed(script, problem, monkeypatch)
     assert "not timed" in skipped.reason
 
 
-def test_slow_calls_are_made_once_and_not_at_larger_t(script, problem):
-    (result, _), skipped = results(script, problem, ["ragged_dot"], slow=0.0)
+def test_slow_calls_are_made_once_and_longer_ones_not_at_all(script, problem):
+    (result, _), skipped = results(script, problem, ["ragged_dot"], slow=0.0, longest=0.0)
     assert (result.tokens, result.runs) == (1, 1)
     assert (skipped.tokens, skipped.implementation) == (9, "ragged_dot")
-    assert "at T = 1" in skipped.reason
+    assert "a call would take some" in skipped.reason
 
 
 def test_libraries_that_cannot_are_named_with_the_reason(script, problem, tmp_path):
@@ -163,6 +164,22 @@ def test_a_process_that_ends_is_told_with_its_last_words(script, problem):
     assert worker.answer() == {"failed": "its process ended with 1: "}
     assert "ended with 1" in worker.ask(do="begin", tokens=1, rows=[0])["failed"]
     worker.close()
+
+
+def test_a_process_that_ends_while_it_is_timed_loses_its_row_alone(script, problem, monkeypatch):
+    module = script("run_cpu_peers")
+    turns = module._take_turns
+
+    def take_turns(cells, *arguments):
+        process = cells[0].of.worker._process
+        process.kill()
+        process.wait()
+        turns(cells, *arguments)
+
+    monkeypatch.setattr(module, "_take_turns", take_turns)
+    skipped, (result, _) = results(script, problem, ["jaxmoe", "ragged_dot"], tokens=[1])
+    assert "ended with -9" in skipped.reason
+    assert result.implementation == "ragged_dot"
 
 
 def test_a_worker_answers_each_command_and_its_failures(script, problem, monkeypatch):

@@ -35,14 +35,14 @@ def canonical(problem: Problem) -> ExpertWeights:
 
 
 class _Jitted:
-    """A jitted function of x, matrices, ids and weights, compiled before its first call."""
+    """A jitted function of x, matrices, ids and weights."""
 
     dtype = "bfloat16"
     version = f"jax {jax.__version__}"
 
     def __init__(self, problem: Problem, function: Callable[..., jax.Array], sets: list[Any]):
         self._problem = problem
-        self._function = jax.jit(function)
+        self._function = function
         self._sets = sets
         self.weight_sets = len(sets)
 
@@ -53,14 +53,7 @@ class _Jitted:
             (jnp.asarray(ids[:tokens]), jnp.asarray(weights[:tokens]))
             for ids, weights in zip(problem.expert_ids, problem.weights, strict=True)
         ]
-        compiled = self._function.lower(self._x, self._sets[0], *self._routings[0]).compile()
-        analysis = compiled.memory_analysis()
-        needed = analysis.temp_size_in_bytes if analysis else 0
-        if needed > problem.memory:
-            raise NotOfferedError(
-                f"its temporaries at T = {tokens} would take {needed / 2**30:.1f} GiB, and "
-                f"{problem.memory / 2**30:.1f} GiB are allowed"
-            )
+        _check_memory(self._function, self._x, self._sets[0], *self._routings[0], problem.memory)
 
     def call(self, number: int) -> float:
         experts = self._sets[number % len(self._sets)]
@@ -94,7 +87,8 @@ class Jaxmoe(_Jitted):
             jax.block_until_ready(prepare(experts, self.name, compute=self.compute))
             for _ in range(problem.weight_sets)
         ]
-        super().__init__(problem, functools.partial(jaxmoe.moe_mlp, compute=self.asked), sets)
+        function = jax.jit(functools.partial(jaxmoe.moe_mlp, compute=self.asked))
+        super().__init__(problem, function, sets)
 
 
 class JaxmoeW4A8(Jaxmoe):
@@ -110,21 +104,44 @@ class RaggedDot(_Jitted):
     compute = "bf16"
 
     def __init__(self, problem: Problem):
-        def wide(w: QuantizedTensor) -> jax.Array:
-            return jnp.concatenate([_matrix(w, jnp.int32(e)) for e in range(len(w.data))])
-
-        size = 2 * 3 * problem.num_experts * problem.hidden_size * problem.intermediate_size
-        if size > problem.memory:
-            raise NotOfferedError(
-                f"its weights would take {size / 2**30:.1f} GiB, and "
-                f"{problem.memory / 2**30:.1f} GiB are allowed"
-            )
+        e, h, i, k = (
+            problem.num_experts, problem.hidden_size, problem.intermediate_size, problem.top_k,
+        )  # fmt: skip
+        shape = functools.partial(jax.ShapeDtypeStruct, dtype=self.dtype)
+        ids, weights = (jax.ShapeDtypeStruct((1, k), d) for d in ("int32", "float32"))
+        matrices = (shape((e, h, 2 * i)), shape((e, i, h)))
+        function = jax.jit(dequantized_mlp)
+        _check_memory(function, shape((1, h)), matrices, ids, weights, problem.memory)
         experts = canonical(problem)
-        sets = [(wide(experts.gate_up), wide(experts.down))]
-        super().__init__(problem, dequantized_mlp, sets)
+        sets = [tuple(_dequantized(w) for w in (experts.gate_up, experts.down))]
+        super().__init__(problem, function, sets)
 
 
-@jax.jit
-def _matrix(w: QuantizedTensor, expert: jax.Array) -> jax.Array:
-    """`bf16[1, K, N]`."""
-    return dequantize(w[expert[None]], jnp.bfloat16).swapaxes(1, 2)
+def _dequantized(w: Any) -> jax.Array:
+    """`bf16[E, K, N]`, expert by expert."""
+    e, n, k = w.shape
+    wide = jnp.zeros((e, k, n), jnp.bfloat16)
+    for expert in range(e):
+        wide = _put(wide, w, jnp.int32(expert))
+    return wide
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(wide: jax.Array, w: QuantizedTensor, expert: jax.Array) -> jax.Array:
+    return wide.at[expert].set(dequantize(w[expert[None]], jnp.bfloat16)[0].T)
+
+
+def _check_memory(
+    function: Callable[..., jax.Array], x: Any, matrices: Any, ids: Any, weights: Any, allowed: int
+) -> None:
+    """Compiles for these shapes; refuses where arguments and temporaries take more than allowed."""
+    lowered: Any = function
+    analysis = lowered.lower(x, matrices, ids, weights).compile().memory_analysis()
+    if analysis is None:  # not every platform says
+        return
+    needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    if needed > allowed:
+        raise NotOfferedError(
+            f"its weights and temporaries at T = {x.shape[0]} take {needed / 2**30:.1f} GiB, and "
+            f"{allowed / 2**30:.1f} GiB are allowed: half of --memory"
+        )

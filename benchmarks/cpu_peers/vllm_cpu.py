@@ -47,7 +47,8 @@ class Vllm:
             pack_scale(torch.from_numpy(np.array(problem.gate_up_scale))),
             pack_scale(torch.from_numpy(np.array(problem.down_scale))),
         ]
-        self._sets = [[t.clone() for t in packed] for _ in range(problem.weight_sets)]
+        copies = [[t.clone() for t in packed] for _ in range(problem.weight_sets - 1)]
+        self._sets = [packed, *copies]
         for tensor in (t for tensors in self._sets for t in tensors):
             use_huge_pages(tensor.data_ptr(), tensor.nbytes)
         self.weight_sets = len(self._sets)
