@@ -14,6 +14,7 @@ import argparse
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ LIBRARIES = ("vllm", "llama.cpp", "ragged_dot")
 README_LAYER = "qwen3-30b-a3b"
 README_TOKENS = (1, 8, 64, 512)
 _FORMATS = {"nvfp4": "NVFP4", "mxfp4": "MXFP4"}
-_NAMES = {"vllm": "vLLM", "ragged_dot": "`jax.lax.ragged_dot`, bf16 weights"}
+_NAMES = {"vllm": "vLLM"}
 _KEYS = ("date", "device", "backend", "implementation", "layer", "format", "compute", "T", "us",
-         "error", "floor_us")  # fmt: skip
+         "error", "gbps", "bandwidth_gbps")  # fmt: skip
 _BLOCK = re.compile(
     r"<!-- cpu peers(?:: (?P<file>\S+))? -->\n(?P<text>.*?)<!-- end of cpu peers -->\n", re.DOTALL
 )
@@ -128,21 +129,27 @@ def _markdown(head: Sequence[str], left: int, body: Iterable[Sequence[str]]) -> 
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *body))
 
 
-def _errors(rows: Rows) -> str:
+def _notes(rows: Rows) -> str:
+    """Errors and versions, as a paragraph."""
+
     def span(of: Rows) -> str:
         low, high = (f"{f(r['error'] for r in of):.1e}" for f in (min, max))
         return (low if low == high else f"{low} to {high}").replace("e-0", "e-")
 
-    parts = []
-    for name, compute in _kinds(rows):
-        of = select(rows, implementation=name, compute=compute)
-        parts.append(f"{span(of)} (`{name}`, {compute})")
-    return "Errors against float64: " + ", ".join(parts) + "."
-
-
-def _versions(rows: Rows) -> str:
+    errors = [
+        f"{span(select(rows, implementation=name, compute=compute))} (`{name}`, {compute})"
+        for name, compute in _kinds(rows)
+    ]
     found = dict.fromkeys(r["backend"] for r in rows if r["implementation"] in LIBRARIES[:2])
-    return "; ".join(found)
+    text = f"Errors against float64: {', '.join(errors)}. {'; '.join(found)}"
+    return textwrap.fill(text.rstrip(". ") + ".", 120, break_on_hyphens=False)
+
+
+def _head(weight_format: str, name: str, compute: str) -> str:
+    if name == benchmark.BASELINE:
+        return "`jax.lax.ragged_dot`, bf16 weights"
+    shown = _NAMES.get(name, name) if name in LIBRARIES else f"jaxmoe (`{name}`, {compute})"
+    return f"{shown}, {_FORMATS[weight_format]}"
 
 
 def readme(rows: Rows, image: str) -> str:
@@ -150,15 +157,14 @@ def readme(rows: Rows, image: str) -> str:
     rows = [r for r in select(rows, layer=README_LAYER) if r["T"] in README_TOKENS]
     if not rows:
         raise ValueError(f"no rows of {README_LAYER} at T = {', '.join(map(str, README_TOKENS))}")
+    formats = list(dict.fromkeys(r["format"] for r in rows))
     columns = [
         (weight_format, name, compute)
-        for weight_format in dict.fromkeys(r["format"] for r in rows)
+        for weight_format in formats
         for name, compute in _kinds(select(rows, format=weight_format))
+        if name != benchmark.BASELINE or weight_format == formats[0]  # bf16 in both
     ]
-    head = ["tokens"] + [
-        f"{_NAMES.get(name, name) if name in LIBRARIES else f'jaxmoe (`{name}`)'}, {_FORMATS[f]}"
-        for f, name, _ in columns
-    ]
+    head = ["tokens", *(_head(*column) for column in columns)]
 
     def line(t: int) -> list[str]:
         cells = []
@@ -172,8 +178,8 @@ def readme(rows: Rows, image: str) -> str:
     return (
         f"One {README_LAYER} layer on {rows[0]['device']}, milliseconds, medians of one "
         "interleaved run with cold weights; in brackets\nhow many times longer than jaxmoe:\n\n"
-        f"{_markdown(head, 0, body)}\n{_errors(rows)} {_versions(rows)}.\n"
-        f"All layers: `docs/performance.md`; the command: `benchmarks/README.md`.\n\n"
+        f"{_markdown(head, 0, body)}\n{_notes(rows)}\n"
+        "All layers: `docs/performance.md`; how it is measured: `benchmarks/README.md`.\n\n"
         f"![Times of the expert MLP on this CPU beside other libraries]({image})\n"
     )
 
@@ -186,7 +192,7 @@ def performance(rows: Rows) -> str:
     return (
         f"{rows[0]['device']}, milliseconds (times longer than jaxmoe).\n\n"
         f"{_markdown(head, 3, body)}\n"
-        f"{_errors(rows)} {_versions(rows)}.\n"
+        f"{_notes(rows)}\n"
     )
 
 
@@ -220,10 +226,11 @@ def draw(rows: Rows, out: Path) -> None:
     from matplotlib.lines import Line2D
 
     layers = list(dict.fromkeys(row["layer"] for row in rows))
+    counts = sorted({row["T"] for row in rows})
     kinds = _kinds(rows)
     colour = {kind: f"C{n}" for n, kind in enumerate(kinds)}
     style = {"nvfp4": ("-", "o"), "mxfp4": ("--", "s")}
-    figure = Figure(figsize=(4 * len(layers) + 1, 4.6), layout="constrained")
+    figure = Figure(figsize=(max(8, 4 * len(layers) + 1), 4.6), layout="constrained")
     for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         for weight_format, (dash, marker) in style.items():
             of = select(rows, layer=layer, format=weight_format)
@@ -232,15 +239,17 @@ def draw(rows: Rows, out: Path) -> None:
                 line.sort(key=lambda row: row["T"])
                 axes.plot([r["T"] for r in line], [r["us"] / 1e3 for r in line], linestyle=dash,
                           marker=marker, markersize=4, color=colour[kind])  # fmt: skip
-            floor = {r["T"]: r["floor_us"] / 1e3 for r in of if ours(r)}
-            axes.plot([*floor], [*floor.values()], color="0.5", linewidth=0.8, linestyle=":")
+            read = {r["T"]: r["us"] * r["gbps"] / r["bandwidth_gbps"] / 1e3 for r in of}
+            axes.plot([*read], [*read.values()], color="0.5", linewidth=0.8, linestyle=":")
         axes.set(xscale="log", yscale="log", xlabel="tokens", title=layer)
+        axes.set_xticks(counts, map(str, counts), minor=False)
+        axes.set_xticks([], minor=True)
         axes.grid(which="major", linewidth=0.3)
     figure.axes[0].set_ylabel("ms for each call")
     handles = [Line2D([], [], color=colour[kind], label=" ".join(kind)) for kind in kinds]
     handles += [Line2D([], [], color="black", linestyle=dash, marker=marker, markersize=4, label=n)
                 for n, (dash, marker) in style.items()]  # fmt: skip
-    handles += [Line2D([], [], color="0.5", linestyle=":", label="floor of memory or FLOPs")]
+    handles += [Line2D([], [], color="0.5", linestyle=":", label="reading the weights once")]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(rows[0]["device"])
     out.parent.mkdir(parents=True, exist_ok=True)

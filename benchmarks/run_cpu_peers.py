@@ -56,6 +56,7 @@ MOST_ERROR = {"w4a16": 1e-2, "bf16": 2e-2, "w4a8": 4e-2}
 
 _PAUSE = 0.02  # seconds: a library's threads still spin for some milliseconds after its call
 _HOT = 0.05  # seconds: a faster call is made once untimed first, since others ran in between
+_BUSY = 0.5  # load average over a minute, before anything is measured
 _MOST_CALLS = 25  # timed in one turn
 
 
@@ -306,6 +307,12 @@ def row(
     return benchmark.row(result, machine) | {"date": date, "backend": version}
 
 
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -315,7 +322,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--format", action="append", choices=["nvfp4", "mxfp4"])
     parser.add_argument("--tokens", default=",".join(map(str, benchmark.TOKENS["cpu"])))
     parser.add_argument("--implementation", action="append", choices=[*IMPLEMENTATIONS])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=_num_cores(), help="of each")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--seconds", type=float, default=0.7, help="for each and T")
     parser.add_argument(
@@ -339,10 +346,12 @@ def main(given: Sequence[str] | None = None) -> None:
     tokens = sorted(map(int, options.tokens.split(",")))
     names = options.implementation or list(DEFAULT)
     started = time.monotonic()
+    console = Console()
+    if (load := os.getloadavg()[0]) > _BUSY:
+        console.print(f"the machine is busy (load {load:.1f}): no figure of this run is worth much")
     machine = benchmark.measure_machine()
     path = options.json or RESULTS / f"{benchmark.device_slug(machine.device)}.json"
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    console = Console()
     memory = int(options.memory * 2**30)
     for layer in layers:
         for weight_format in options.format or ("nvfp4", "mxfp4"):

@@ -240,7 +240,8 @@ def row(implementation="cpu_amx", us=1000.0, **changed):
     return {
         "date": "2026-11-23", "device": "a CPU, 2 cores", "implementation": implementation,
         "backend": f"{implementation} 1.0", "layer": "qwen3-30b-a3b", "format": "mxfp4",
-        "compute": compute, "T": 1, "us": us, "error": 0.00123, "floor_us": 500.0,
+        "compute": compute, "T": 1, "us": us, "error": 0.00123, "gbps": 5.0,
+        "bandwidth_gbps": 10.0,
     } | changed  # fmt: skip
 
 
@@ -285,10 +286,11 @@ def test_the_documents_are_made_of_the_rows(script, rows, tmp_path):
     (tmp_path / "docs").mkdir()
     texts = module.documents(path, tmp_path)
     readme = texts[tmp_path / "README.md"]
-    assert "| tokens | jaxmoe (`cpu_amx`), MXFP4 |" in readme
+    assert "| tokens | jaxmoe (`cpu_amx`, w4a16), MXFP4 |" in readme
     assert "(rows.png)" in readme
     assert "4.9 (4.9×)" in readme
     assert "1.2e-2 (`llama.cpp`, w4a8)" in readme
+    assert "vllm 1.0; llama.cpp 1.0" in readme or "llama.cpp 1.0; vllm 1.0" in readme
     assert "gpt-oss" not in readme
     document = tmp_path / "README.md"
     document.write_text("a\n<!-- cpu peers -->\nold\n<!-- end of cpu peers -->\nb\n")
