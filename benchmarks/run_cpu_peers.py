@@ -31,7 +31,6 @@ import numpy as np
 from cpu_peers.problem import Problem, oracle
 from cpu_peers.worker import IMPLEMENTATIONS
 from report_cpu_peers import RESULTS, show
-from rich.console import Console
 
 import jaxmoe
 from jaxmoe import benchmark
@@ -346,9 +345,8 @@ def main(given: Sequence[str] | None = None) -> None:
     tokens = sorted(map(int, options.tokens.split(",")))
     names = options.implementation or list(DEFAULT)
     started = time.monotonic()
-    console = Console()
     if (load := os.getloadavg()[0]) > _BUSY:
-        console.print(f"the machine is busy (load {load:.1f}): no figure of this run is worth much")
+        print(f"the machine is busy (load {load:.1f}): no figure of this run is worth much")
     machine = benchmark.measure_machine()
     path = options.json or RESULTS / f"{benchmark.device_slug(machine.device)}.json"
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -375,14 +373,14 @@ def main(given: Sequence[str] | None = None) -> None:
                     if isinstance(found, benchmark.Skipped):
                         at = f" T={found.tokens}" if found.tokens else ""
                         what = f"{layer.name} {weight_format}{at} {found.implementation}"
-                        console.print(f"{what}: {found.reason}", highlight=False)
+                        print(f"{what}: {found.reason}", flush=True)
                     else:
                         made.append(row(*found, machine, date))
             if made:
                 benchmark.append_rows(path, made)
     if path.exists():
         show(path.resolve(), renew_documents=options.documents)
-    console.print(f"{path}: {time.monotonic() - started:.0f} s", highlight=False)
+    print(f"{path}: {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import jaxmoe
 from cpu_peers.problem import NotOfferedError, Problem
 from jaxmoe import benchmark, kernels
 from jaxmoe.benchmark.baseline import dequantized_mlp
+from jaxmoe.capability import UnsupportedError
 from jaxmoe.experts import ExpertWeights
 from jaxmoe.formats import get_format
 from jaxmoe.quantization import QuantizedTensor, dequantize
@@ -77,7 +78,12 @@ class Jaxmoe(_Jitted):
             problem.top_k,
         )  # fmt: skip
         asked = benchmark.layer_problem(layer, problem.weight_format, self.dtype, self.asked)
-        chosen = kernels.select(asked)
+        try:
+            chosen = kernels.select(asked)
+        except UnsupportedError as error:
+            raise NotOfferedError(
+                f"no variant computes {self.asked} here: `jaxmoe explain` has the reasons"
+            ) from error
         self.name, self.compute = str(chosen.selected), str(chosen.compute)
         if self.asked not in ("auto", self.compute):
             raise NotOfferedError(f"{self.name} computes {self.compute} on this machine")
