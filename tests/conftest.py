@@ -1,6 +1,10 @@
 """What every test module shares."""
 
-from collections.abc import Iterator
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import jax
 import pytest
@@ -11,6 +15,16 @@ def forget_executables() -> Iterator[None]:
     """Thousands of compiled programs would otherwise fill the memory of a long run."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def script(monkeypatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script of benchmarks/ as it imports its neighbours when it is run."""
+    scripts = str(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(scripts)
+    yield importlib.import_module
+    for name in [n for n, m in sys.modules.items() if scripts in str(m.__dict__.get("__file__"))]:
+        del sys.modules[name]
 
 
 @pytest.fixture

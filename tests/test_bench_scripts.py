@@ -18,21 +18,6 @@ SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 DEVICE = "NVIDIA H100 80GB HBM3"
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a script as it imports its neighbours when it is run."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
-    def load(name):
-        return __import__(name)
-
-    yield load
-    for name in [
-        n for n, m in sys.modules.items() if str(SCRIPTS) in str(m.__dict__.get("__file__"))
-    ]:
-        del sys.modules[name]
-
-
 def row(**changed):
     tokens = changed.get("T", 64)
     layer = benchmark.get_layer(changed.get("layer", "qwen3-30b-a3b"))
