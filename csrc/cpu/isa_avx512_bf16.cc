@@ -161,8 +161,14 @@ struct Vdpbf16ps {
   }
 };
 
+constexpr Kernels make_table() {
+  Kernels table;
+  fill_tiles<Vdpbf16ps>(table);
+  return table;
+}
+
 }  // namespace
 
-void fill_avx512_bf16(Kernels& table) { fill_tiles<Vdpbf16ps>(table); }
+constexpr Kernels kAvx512Bf16Kernels = make_table();
 
 }  // namespace jaxmoe::cpu

@@ -230,7 +230,7 @@ struct PanelF32 {
 
 // The entries of the table that every variant fills in the same way.
 template <class Isa>
-void fill_f32(Kernels& table) {
+constexpr void fill_f32(Kernels& table) {
   using EpilogueType = Epilogue<Isa>;
   table.panel_f32[static_cast<int>(Format::kNvfp4)] = &PanelF32<Isa, Format::kNvfp4>::run;
   table.panel_f32[static_cast<int>(Format::kMxfp4)] = &PanelF32<Isa, Format::kMxfp4>::run;
