@@ -1,6 +1,7 @@
 """What every test module shares."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,11 +10,26 @@ from types import ModuleType
 import jax
 import pytest
 
+# LLVM optimises XLA's programs little in these modules, where it would take longer than all else;
+# XLA's own passes are the same. The other modules compile as users do, those among them that want
+# XLA's numbers bit by bit. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 all of them do.
+COMPILED_QUICKLY = {"test_models"}
+VARIABLE = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+GIVEN = os.environ.get(VARIABLE)
+
 
 @pytest.fixture(autouse=True, scope="module")
-def forget_executables() -> Iterator[None]:
-    """Thousands of compiled programs would otherwise fill the memory of a long run."""
-    yield
+def executables(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How programs are compiled, in processes that a test starts, too; and forgets them in the end.
+
+    Thousands of them would fill the memory of a long run.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if GIVEN is None:
+            quickly = request.module.__name__ in COMPILED_QUICKLY
+            patch.setenv(VARIABLE, str(int(quickly)))
+            jax.config.update(VARIABLE.lower(), quickly)
+        yield
     jax.clear_caches()
 
 

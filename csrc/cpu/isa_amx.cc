@@ -52,8 +52,14 @@ struct AmxTiles {
   }
 };
 
+constexpr Kernels make_table() {
+  Kernels table;
+  fill_amx_kernels<AmxTiles>(table);
+  return table;
+}
+
 }  // namespace
 
-void fill_amx(Kernels& table) { fill_amx_kernels<AmxTiles>(table); }
+constexpr Kernels kAmxKernels = make_table();
 
 }  // namespace jaxmoe::cpu

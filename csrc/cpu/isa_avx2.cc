@@ -183,11 +183,15 @@ void Isa::stream(const uint8_t* panel, int64_t superblocks, const float* const* 
   }
 }
 
-}  // namespace
-
-void fill_avx2(Kernels& table) {
+constexpr Kernels make_table() {
+  Kernels table;
   fill_f32<Isa>(table);
   fill_fixed<Isa>(table);
+  return table;
 }
+
+}  // namespace
+
+constexpr Kernels kAvx2Kernels = make_table();
 
 }  // namespace jaxmoe::cpu

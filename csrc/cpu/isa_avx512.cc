@@ -2,7 +2,16 @@
 #include "cpu/isa_avx512.h"
 
 namespace jaxmoe::cpu {
+namespace {
 
-void fill_avx512(Kernels& table) { fill_f32<Isa>(table); }
+constexpr Kernels make_table() {
+  Kernels table;
+  fill_f32<Isa>(table);
+  return table;
+}
+
+}  // namespace
+
+constexpr Kernels kAvx512Kernels = make_table();
 
 }  // namespace jaxmoe::cpu

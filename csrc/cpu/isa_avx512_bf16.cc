@@ -165,13 +165,17 @@ struct Vdpbf16ps {
   }
 };
 
-}  // namespace
-
-void fill_avx512_bf16(Kernels& table) {
+constexpr Kernels make_table() {
+  Kernels table;
   fill_tiles<Vdpbf16ps>(table);
   table.stream_tiles[static_cast<int>(Format::kNvfp4)] = &Vdpbf16ps::stream<Format::kNvfp4>;
   table.stream_tiles[static_cast<int>(Format::kMxfp4)] = &Vdpbf16ps::stream<Format::kMxfp4>;
   table.max_stream_rows = Vdpbf16ps::kMaxStreamRows;
+  return table;
 }
+
+}  // namespace
+
+constexpr Kernels kAvx512Bf16Kernels = make_table();
 
 }  // namespace jaxmoe::cpu

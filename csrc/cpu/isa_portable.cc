@@ -72,8 +72,14 @@ struct Isa {
   };
 };
 
+constexpr Kernels make_table() {
+  Kernels table;
+  fill_f32<Isa>(table);
+  return table;
+}
+
 }  // namespace
 
-void fill_portable(Kernels& table) { fill_f32<Isa>(table); }
+constexpr Kernels kPortableKernels = make_table();
 
 }  // namespace jaxmoe::cpu

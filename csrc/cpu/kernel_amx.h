@@ -183,7 +183,7 @@ struct TileMultiply {
 };
 
 template <class Tiles>
-void fill_amx_kernels(Kernels& table) {
+constexpr void fill_amx_kernels(Kernels& table) {
   fill_tiles<TileMultiply<Tiles>>(table);
   table.enter = &Tiles::configure;
   table.leave = &Tiles::release;

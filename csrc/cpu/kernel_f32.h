@@ -236,7 +236,7 @@ struct PanelF32 {
 
 // The entries of the table that every variant fills in the same way.
 template <class Isa>
-void fill_f32(Kernels& table) {
+constexpr void fill_f32(Kernels& table) {
   using EpilogueType = Epilogue<Isa>;
   using Nvfp4 = PanelF32<Isa, Format::kNvfp4>;
   using Mxfp4 = PanelF32<Isa, Format::kMxfp4>;

@@ -165,7 +165,7 @@ struct Fixed {
 };
 
 template <class Isa>
-void fill_fixed(Kernels& table) {
+constexpr void fill_fixed(Kernels& table) {
   table.panel_fixed[static_cast<int>(Format::kNvfp4)] = &PanelFixed<Isa, Format::kNvfp4>::run;
   table.panel_fixed[static_cast<int>(Format::kMxfp4)] = &PanelFixed<Isa, Format::kMxfp4>::run;
   table.max_fixed_rows = Isa::kMaxFixedRows;

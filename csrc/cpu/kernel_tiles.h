@@ -220,7 +220,7 @@ inline void pack_tile_f32(const float* values, int64_t n, const TileRows& tiles,
 }
 
 template <class Multiply>
-void fill_tiles(Kernels& table) {
+constexpr void fill_tiles(Kernels& table) {
   fill_f32<Isa>(table);
   fill_fixed<VnniIsa>(table);
   table.panel_tiles[static_cast<int>(Format::kNvfp4)] = &PanelTiles<Format::kNvfp4, Multiply>::run;

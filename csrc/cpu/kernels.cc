@@ -1,36 +1,6 @@
 #include "cpu/kernels.h"
 
 namespace jaxmoe::cpu {
-namespace {
-
-struct Entry {
-  Variant variant;
-  void (*fill)(Kernels&);
-};
-constexpr Entry kEntries[] = {
-    {Variant::kPortable, &fill_portable},
-#if defined(__x86_64__)
-    {Variant::kAvx2, &fill_avx2},
-    {Variant::kAvx512, &fill_avx512},
-    {Variant::kAvx512Bf16, &fill_avx512_bf16},
-    {Variant::kAmx, &fill_amx},
-#endif
-};
-
-struct Tables {
-  Kernels tables[kNumVariants];
-  bool built[kNumVariants] = {};
-
-  Tables() {
-    for (const Entry& entry : kEntries) {
-      const int index = static_cast<int>(entry.variant);
-      entry.fill(tables[index]);
-      built[index] = true;
-    }
-  }
-};
-
-}  // namespace
 
 std::vector<Tactic> named_tactics(const Kernels& table) {
   std::vector<Tactic> found;
@@ -41,9 +11,22 @@ std::vector<Tactic> named_tactics(const Kernels& table) {
 }
 
 const Kernels* kernels(Variant variant) {
-  static const Tables tables;
-  const int index = static_cast<int>(variant);
-  return tables.built[index] ? &tables.tables[index] : nullptr;
+  switch (variant) {
+    case Variant::kPortable:
+      return &kPortableKernels;
+#if defined(__x86_64__)
+    case Variant::kAvx2:
+      return &kAvx2Kernels;
+    case Variant::kAvx512:
+      return &kAvx512Kernels;
+    case Variant::kAvx512Bf16:
+      return &kAvx512Bf16Kernels;
+    case Variant::kAmx:
+      return &kAmxKernels;
+#endif
+    default:
+      return nullptr;
+  }
 }
 
 }  // namespace jaxmoe::cpu

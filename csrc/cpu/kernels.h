@@ -137,15 +137,14 @@ const Kernels* kernels(Variant variant);
 // The tactics by name that a table has kernels for.
 std::vector<Tactic> named_tactics(const Kernels& table);
 
-// One translation unit each, compiled for its instruction set. They fill a table that kernels.cc
-// has made: not even a constructor of a shared type may be compiled for an instruction set that the
-// machine may lack.
-void fill_portable(Kernels& table);
+// One translation unit each, compiled for its instruction set. The tables are constants: code of
+// such a unit, be it what fills a table, may have instructions that the machine lacks.
+extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
-void fill_avx2(Kernels& table);
-void fill_avx512(Kernels& table);
-void fill_avx512_bf16(Kernels& table);
-void fill_amx(Kernels& table);
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kAmxKernels;
 #endif
 
 }  // namespace jaxmoe::cpu

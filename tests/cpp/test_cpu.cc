@@ -1,6 +1,9 @@
 // Tests of csrc/cpu without XLA: every tactic of every variant that this machine can run, against a
 // plain f64 reference. Buffers are allocated to the byte, so that AddressSanitizer sees every
 // overrun, and poisoned, so that a read of what nobody wrote turns into NaN.
+//
+//   test_cpu [VARIANT or TEST]...    test_cpu cpu_portable shapes routings
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -771,23 +774,8 @@ void test_executors() {
 }  // namespace
 }  // namespace jaxmoe::cpu
 
-int main() {
+int main(int argc, char** argv) {
   using namespace jaxmoe::cpu;
-  for (const Variant variant : built_variants()) {
-    const std::string reason = why_not(variant);
-    std::printf("%s\n", reason.empty() ? variant_name(variant) : ("left out: " + reason).c_str());
-    if (reason.empty()) tables.push_back({variant_name(variant), kernels(variant)});
-  }
-#if defined(__x86_64__)
-  if (why_not(Variant::kAvx512Bf16).empty())
-    tables.push_back({"cpu_amx (model)", &amx_model_kernels()});
-#endif
-  for (const Kind& own : tables) {
-    runnable.push_back(own);
-    for (const Tactic tactic : named_tactics(*own.table)) {
-      runnable.push_back({own.label + " " + tactic_name(tactic), own.table, tactic});
-    }
-  }
   const std::pair<const char*, void (*)()> tests[] = {
       {"activations", &test_activations},
       {"shapes", &test_shapes},
@@ -803,12 +791,53 @@ int main() {
       {"float_mode", &test_float_mode},
       {"executors", &test_executors},
   };
+  std::vector<std::string> variants, names;
+  for (const Variant variant : built_variants()) variants.push_back(variant_name(variant));
+  for (const auto& [name, test] : tests) names.push_back(name);
+
+  // Arguments choose; of what is not chosen at all, everything runs.
+  std::vector<std::string> chosen_variants, chosen_tests;
+  const auto has = [](const std::vector<std::string>& all, const std::string& one) {
+    return std::find(all.begin(), all.end(), one) != all.end();
+  };
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (has(variants, argument)) {
+      chosen_variants.push_back(argument);
+    } else if (has(names, argument)) {
+      chosen_tests.push_back(argument);
+    } else {
+      std::printf("'%s' is neither a variant nor a test; there are:", argument.c_str());
+      for (const std::string& name : variants) std::printf(" %s", name.c_str());
+      for (const std::string& name : names) std::printf(" %s", name.c_str());
+      std::printf("\n");
+      return 2;
+    }
+  }
+
+  for (const Variant variant : built_variants()) {
+    const std::string name = variant_name(variant), reason = why_not(variant);
+    if (!chosen_variants.empty() && !has(chosen_variants, name)) continue;
+    std::printf("%s\n", reason.empty() ? name.c_str() : ("left out: " + reason).c_str());
+    if (reason.empty()) tables.push_back({name, kernels(variant)});
+  }
+#if defined(__x86_64__)
+  if (chosen_variants.empty() && why_not(Variant::kAvx512Bf16).empty())
+    tables.push_back({"cpu_amx (model)", &amx_model_kernels()});
+#endif
+  for (const Kind& own : tables) {
+    runnable.push_back(own);
+    for (const Tactic tactic : named_tactics(*own.table)) {
+      runnable.push_back({own.label + " " + tactic_name(tactic), own.table, tactic});
+    }
+  }
   for (const auto& [name, test] : tests) {
+    if (!chosen_tests.empty() && !has(chosen_tests, name)) continue;
     const int before = checks;
     test();
     std::printf("%-16s %d checks\n", name, checks - before);
     std::fflush(stdout);
   }
   std::printf("%d checks, %d failed\n", checks.load(), failures.load());
-  return failures == 0 ? 0 : 1;
+  return failures == 0 && !runnable.empty() ? 0 : 1;
 }
