@@ -15,7 +15,7 @@ import numpy as np
 from jaxmoe.models._cache import Cache
 from jaxmoe.models._decoder import Decoder
 from jaxmoe.models._sampling import Sampling, sample
-from jaxmoe.models._structure import Structure, split
+from jaxmoe.models._structure import Structure, split_known
 
 SEPARATOR = 0
 """The byte that stands before every document a byte-level model was trained on."""
@@ -171,7 +171,7 @@ def _stream(
     chunk: int,
     max_length: int,
 ) -> Iterator[list[list[int]]]:
-    structure, arrays = split(model)
+    structure, arrays = split_known(model)
     # NumPy numbers, since making jax ones would compile a dozen tiny programs.
     cache, logits = _start(structure, arrays, len(tokens), max_length)
     for start in range(0, tokens.shape[1], chunk):
