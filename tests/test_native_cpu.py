@@ -255,6 +255,8 @@ class Layer:
             "hidden_size": np.int64(self.hidden),
             "intermediate_size": np.int64(self.intermediate),
             "weight_on_input": self.weight_on_input,
+            "tactic": "",
+            "compute": "w4a16",
         }
 
     def workspace(self, variant):
@@ -268,6 +270,7 @@ class Layer:
             gated=self.gated,
             x_dtype=self.dtype,
             variant=variant,
+            compute="w4a16",
         )
 
     def run(self, variant, *, out=None, workspace=None, operands=(), attributes=()):
@@ -372,6 +375,7 @@ def run_grouped(variant, x, weights, sizes, *, offset=0, bias=None, overrides=()
         num_groups=len(sizes),
         x_dtype=str(x.dtype),
         variant=variant,
+        compute="w4a16",
     )
     operands = {
         "x": x,
@@ -386,6 +390,8 @@ def run_grouped(variant, x, weights, sizes, *, offset=0, bias=None, overrides=()
         "format": weights.format,
         "n": np.int64(n),
         "k": np.int64(k),
+        "tactic": "",
+        "compute": "w4a16",
     }
     overrides = dict(overrides)
     out = overrides.pop("out", jax.ShapeDtypeStruct((rows, n), x.dtype))
@@ -426,7 +432,9 @@ def test_manifest_and_features():
     assert "cpu_portable" in RUNNABLE
 
 
-def test_workspace_stays_bounded():
+@pytest.mark.parametrize("compute", ["w4a16", "w4a8"])
+@pytest.mark.parametrize("variant", ["cpu_portable", *RUNNABLE[-1:]])
+def test_workspace_stays_bounded(variant, compute):
     def size(tokens):
         return _cpu.workspace_bytes(
             "moe_mlp",
@@ -437,7 +445,8 @@ def test_workspace_stays_bounded():
             top_k=8,
             gated=True,
             x_dtype="bfloat16",
-            variant="cpu_portable",
+            variant=variant,
+            compute=compute,
         )
 
     assert size(1) < size(64) < size(1024)
@@ -476,6 +485,8 @@ BAD_OPERANDS = [
 ]
 BAD_ATTRIBUTES = [
     ("variant", "cpu_sse9", r"variant must be one of cpu_portable, .*, got 'cpu_sse9'"),
+    ("compute", "w4a4", r"compute must be one of w4a16, w4a8, got 'w4a4'"),
+    ("tactic", "decode", r"tactic must be '', .*got 'decode'"),
     ("format", "fp5", r"format must be one of nvfp4, mxfp4, got 'fp5'"),
     ("activation", "mish", r"activation must be one of swiglu, .*identity, got 'mish'"),
     ("hidden_size", np.int64(100), r"hidden_size must be a positive multiple of 16 .*, got 100"),
@@ -528,6 +539,7 @@ BAD_GROUPED = [
     ({"group_offset": i32(2)}, r"group_offset must be i32\[\], got i32\[2\]"),
     ({"n": np.int64(0)}, r"n must be positive, got 0"),
     ({"k": np.int64(33)}, r"k must be a positive multiple of 16 .*, got 33"),
+    ({"compute": "w4a4"}, r"compute must be one of w4a16, w4a8, got 'w4a4'"),
     ({"format": "int4"}, r"format must be one of nvfp4, mxfp4, got 'int4'"),
     ({"variant": "gpu"}, r"variant must be one of .*, got 'gpu'"),
     ({"out": jax.ShapeDtypeStruct((8, 40), jnp.float32)}, r"out must be f32\|bf16\[9,40\], got"),
@@ -554,9 +566,11 @@ def test_workspace_bytes_refuses():
         "gated": True,
         "x_dtype": "float32",
         "variant": "cpu_portable",
+        "compute": "w4a8",
     }
     for change, message in [
         ({"variant": "cpu_sse9"}, "variant must be one of"),
+        ({"compute": "w8a8"}, "compute must be one of w4a16, w4a8, got 'w8a8'"),
         ({"x_dtype": "float64"}, "x_dtype must be 'float32' or 'bfloat16', got 'float64'"),
         ({"tokens": -1}, "tokens must be >= 0, got -1"),
     ]:

@@ -26,7 +26,7 @@ TACTICS = {"decode": 1000, "wgmma64": 2000, "huge": 10**6}
 BUILD = "0123456789ab"
 
 KEY = Key(
-    device=DEVICE, variant=VARIANT, op="moe_mlp", weight_format="nvfp4",
+    device=DEVICE, variant=VARIANT, compute="w4a16", op="moe_mlp", weight_format="nvfp4",
     activation_dtype="bfloat16", hidden_size=256, intermediate_size=128, num_experts=8, top_k=2,
     gated=True, tokens=8,
 )  # fmt: skip

@@ -36,15 +36,21 @@ Dtype dtype_of(const ffi::AnyBuffer& buffer) {
   return buffer.element_type() == kBf16 ? Dtype::kBf16 : Dtype::kF32;
 }
 
-void check_names(Check& check, std::string_view variant, std::string_view format) {
-  const auto parsed = cpu::parse_variant(variant);
+template <class Call>
+void check_names(Check& check, const Call& call) {
+  const auto parsed = cpu::parse_variant(call.variant);
   check.require(parsed.has_value(),
-                "variant must be one of " + cpu::variant_names() + ", got " + quoted(variant));
+                "variant must be one of " + cpu::variant_names() + ", got " + quoted(call.variant));
   if (check.ok()) {
     const std::string reason = cpu::why_not(*parsed);
     check.require(reason.empty(), reason);
   }
-  check_format(check, format);
+  check_format(check, call.format);
+  check.require(cpu::parse_compute(call.compute).has_value(),
+                "compute must be one of " + cpu::compute_names() + ", got " + quoted(call.compute));
+  check.require(
+      call.tactic.empty(),
+      "tactic must be '', since the CPU kernels choose by themselves, got " + quoted(call.tactic));
 }
 
 // cpu_avx512_bf16 exists for bf16 activations: with f32 ones it would be cpu_avx512, more slowly.
@@ -56,7 +62,7 @@ void check_dtype(Check& check, Variant variant, const ffi::AnyBuffer& x) {
 
 ffi::Error moe_mlp(ffi::ThreadPool pool, const MoeMlpCall& call) {
   Check check("moe_mlp (cpu)");
-  check_names(check, call.variant, call.format);
+  check_names(check, call);
   check_activation(check, call.activation);
   check_sizes(check, call);
   if (!check.ok()) return check.error();
@@ -65,6 +71,7 @@ ffi::Error moe_mlp(ffi::ThreadPool pool, const MoeMlpCall& call) {
   const Variant chosen = *cpu::parse_variant(call.variant);
   args.kernels = cpu::kernels(chosen);
   args.format = *cpu::parse_format(call.format);
+  args.compute = *cpu::parse_compute(call.compute);
   args.activation = *cpu::parse_activation(call.activation);
   args.weight_on_input = call.weight_on_input;
   args.shape = {call.tokens(), call.hidden_size, call.intermediate_size, call.experts(),
@@ -76,8 +83,9 @@ ffi::Error moe_mlp(ffi::ThreadPool pool, const MoeMlpCall& call) {
   if (!check.ok()) return check.error();
 
   args.dtype = dtype_of(call.x);
-  check_workspace(check, call.workspace,
-                  cpu::moe_mlp_workspace_bytes(*args.kernels, args.dtype, args.shape));
+  check_workspace(
+      check, call.workspace,
+      cpu::moe_mlp_workspace_bytes(*args.kernels, args.compute, args.dtype, args.shape));
   if (!check.ok()) return check.error();
 
   args.expert_offset = *data<const int32_t>(call.expert_offset);
@@ -101,7 +109,7 @@ ffi::Error moe_mlp(ffi::ThreadPool pool, const MoeMlpCall& call) {
 
 ffi::Error grouped_matmul(ffi::ThreadPool pool, const GroupedMatmulCall& call) {
   Check check("grouped_matmul (cpu)");
-  check_names(check, call.variant, call.format);
+  check_names(check, call);
   check_sizes(check, call);
   if (!check.ok()) return check.error();
 
@@ -109,6 +117,7 @@ ffi::Error grouped_matmul(ffi::ThreadPool pool, const GroupedMatmulCall& call) {
   const Variant chosen = *cpu::parse_variant(call.variant);
   args.kernels = cpu::kernels(chosen);
   args.format = *cpu::parse_format(call.format);
+  args.compute = *cpu::parse_compute(call.compute);
   check_buffers(check, call, {kF32, kBf16}, {kF32, kBf16},
                 cpu::grouped_matmul_bytes(args.format, call.n, call.k));
   check_dtype(check, chosen, call.x);
@@ -141,6 +150,10 @@ constexpr auto handle_grouped_matmul = handle<GroupedMatmulCall, grouped_matmul>
 }  // namespace jaxmoe
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_moe_mlp_cpu_v1, jaxmoe::handle_moe_mlp,
-                              jaxmoe::moe_mlp_binding<xla::ffi::ThreadPool>());
+                              jaxmoe::moe_mlp_binding<xla::ffi::ThreadPool>()
+                                  .Attr<std::string_view>("tactic")
+                                  .Attr<std::string_view>("compute"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_grouped_matmul_cpu_v1, jaxmoe::handle_grouped_matmul,
-                              jaxmoe::grouped_matmul_binding<xla::ffi::ThreadPool>());
+                              jaxmoe::grouped_matmul_binding<xla::ffi::ThreadPool>()
+                                  .Attr<std::string_view>("tactic")
+                                  .Attr<std::string_view>("compute"));

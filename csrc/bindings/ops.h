@@ -35,7 +35,8 @@ struct MoeMlpCall {
   std::string_view variant, format, activation;
   int64_t hidden_size, intermediate_size;
   bool weight_on_input;
-  std::string_view tactic = {};  // of the libraries that bind it
+  // Of the libraries that bind them.
+  std::string_view tactic = {}, compute = {};
 
   int64_t tokens() const { return dimension(x, 0); }
   int64_t experts() const { return dimension(gate_up, 0); }
@@ -46,7 +47,7 @@ struct GroupedMatmulCall {
   ffi::AnyBuffer x, w, w_global, bias, group_sizes, group_offset, out, workspace;
   std::string_view variant, format;
   int64_t n, k;
-  std::string_view tactic = {};
+  std::string_view tactic = {}, compute = {};
 
   int64_t rows() const { return dimension(x, 0); }
   int64_t experts() const { return dimension(w, 0); }

@@ -10,6 +10,7 @@ namespace {
 struct Vdpbf16ps {
   using Half = NoHalf;
   static constexpr int kMinRows = 1;
+  static constexpr int kMaxInt8Rows = kAnyRows;
   static constexpr int kMaxRows = 8;  // of a pass: 8 x 2 accumulators, half a tile
   static constexpr int kMaxStreamRows =
       16;  // two passes; measured crossover with the decoded tiles

@@ -2,7 +2,7 @@
 #include <array>
 
 #include "cpu/epilogue.h"
-#include "cpu/kernel_f32.h"
+#include "cpu/kernel_fixed.h"
 
 namespace jaxmoe::cpu {
 namespace {
@@ -74,6 +74,9 @@ struct Isa {
 
 }  // namespace
 
-void fill_portable(Kernels& table) { fill_f32<Isa>(table); }
+void fill_portable(Kernels& table) {
+  fill_f32<Isa>(table);
+  table.round_int8 = &Int8<Isa>::round_all;
+}
 
 }  // namespace jaxmoe::cpu

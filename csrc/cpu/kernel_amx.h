@@ -13,6 +13,7 @@ template <class Tiles>
 struct TileMultiply {
   using Half = Tiles;
   static constexpr int kMinRows = 5;        // fewer are faster otherwise
+  static constexpr int kMaxInt8Rows = 8;    // likewise, of compute="w4a8"
   static constexpr int kMaxStreamRows = 0;  // tiles are whole
   static constexpr int kTileBytes = TileRows::kTileRows * TileRows::kRowBytes;
   static constexpr int kProductStride = kPanelLanes * 4;               // bytes

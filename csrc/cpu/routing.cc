@@ -19,42 +19,58 @@ int64_t SegmentRule::hidden_bytes(const Segment& segment) const {
     case RowForm::kFixed:
       return round_up(
           segment.rows * hidden_columns / FixedBlock::kValues * int64_t{sizeof(FixedBlock)}, 64);
+    case RowForm::kInt8:
+      return round_up(
+          segment.rows * hidden_columns / FixedBlock::kValues * int64_t{sizeof(Int8Block)}, 64);
     case RowForm::kTiles:
       break;
   }
   return round_up(segment.rows, segment.tile_rows) * hidden_columns * 2 * planes;
 }
 
+int64_t SegmentRule::hidden_row_bytes() const {
+  if (max_integer_rows == kAnyRows) {  // which are Int8Blocks
+    return round_up(hidden_columns / FixedBlock::kValues * int64_t{sizeof(Int8Block)}, 64);
+  }
+  return hidden_columns * (has_tiles ? 2 * planes : 4);
+}
+
 int64_t SegmentRule::hidden_bytes_bound(int64_t rows, int64_t experts) const {
-  if (!has_tiles) return rows * hidden_columns * 4;
+  if (!has_tiles || max_integer_rows == kAnyRows) return rows * hidden_row_bytes();
   // Every row in tiles, one partial tile for each expert that has enough rows for them; and, for
   // experts with few rows, f32 (the larger of the other forms) instead.
-  const int few = std::max(max_fixed_rows, min_tile_rows - 1);
+  const int few = std::max(max_integer_rows, min_tile_rows - 1);
   const int64_t padded_rows =
       rows + std::min(experts, rows / (few + 1)) * (TileRows::kTileRows - 1);
   return padded_rows * hidden_columns * 2 * planes +
          std::min(rows, experts * few) * hidden_columns * 4;
 }
 
-SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, bool fixed) {
+SegmentRule segment_rule(const Kernels& kernels, Compute compute, Dtype dtype, bool fixed) {
   SegmentRule rule;
   rule.has_tiles = kernels.panel_tiles[0] != nullptr;
-  rule.max_fixed_rows = fixed && dtype == Dtype::kBf16 ? kernels.max_fixed_rows : 0;
+  if (compute == Compute::kW4a8) {
+    rule.integers = RowForm::kInt8;
+    rule.max_integer_rows = kernels.max_int8_rows;
+    rule.round_int8 = true;
+  } else {
+    rule.max_integer_rows = fixed && dtype == Dtype::kBf16 ? kernels.max_fixed_rows : 0;
+  }
   rule.min_tile_rows = kernels.min_tile_rows;
   rule.max_short_tile_rows = kernels.max_short_tile_rows;
-  rule.planes = tile_planes(dtype);
+  rule.planes = compute == Compute::kW4a8 ? 1 : tile_planes(dtype);
   return rule;
 }
 
 int64_t append_segments(const SegmentRule& rule, int64_t expert, int64_t first_row, int64_t rows,
                         int64_t hidden_offset, std::vector<Segment>& segments) {
   if (rows == 0) return hidden_offset;
-  const RowForm form = rows <= rule.max_fixed_rows                    ? RowForm::kFixed
+  const RowForm form = rows <= rule.max_integer_rows                  ? rule.integers
                        : rule.has_tiles && rows >= rule.min_tile_rows ? RowForm::kTiles
                                                                       : RowForm::kF32;
   const int tile_rows =
       rows <= rule.max_short_tile_rows ? static_cast<int>(rows) : TileRows::kTileRows;
-  const int64_t max_rows = form == RowForm::kTiles ? rule.max_rows_tiles : rule.max_rows_f32;
+  const int64_t max_rows = form == RowForm::kF32 ? rule.max_rows_f32 : rule.max_rows;
   const int64_t count = ceil_div(rows, max_rows);
   // Equal shares in whole tiles, so that only an expert's last tile is partial.
   const int64_t share = std::min(max_rows, round_up(ceil_div(rows, count), TileRows::kTileRows));

@@ -13,6 +13,7 @@ namespace jaxmoe::cpu {
 enum class RowForm {
   kF32,
   kFixed,  // FixedBlock
+  kInt8,   // Int8Block
   kTiles,  // TileRows
 };
 
@@ -28,14 +29,19 @@ struct Segment {
 
 // How a kernel wants its rows cut.
 struct SegmentRule {
+  RowForm integers = RowForm::kFixed;
+  int max_integer_rows = 0;
+  bool round_int8 = false;  // rows in other forms become the values of Int8Block first
   bool has_tiles = false;
-  int max_fixed_rows = 0;
   int min_tile_rows = 0;
   int max_short_tile_rows = 0;
-  int max_rows_f32 = 0;  // of a segment; multiples of 16
-  int max_rows_tiles = 0;
+  int max_rows_f32 = 0;        // of a segment; multiples of 16
+  int max_rows = 0;            // of a segment in any other form
   int planes = 1;              // that hold an input exactly
   int64_t hidden_columns = 0;  // padded
+
+  // Bytes of a row of activations in the form that many rows of an expert take.
+  int64_t hidden_row_bytes() const;
 
   int64_t hidden_bytes(const Segment& segment) const;
   // Bytes for all activations, whatever the routing.
@@ -43,8 +49,8 @@ struct SegmentRule {
 };
 
 // The rule for a table of kernels, inputs of this type, and results that may (or may not) have an
-// error of 2^-16 of the largest of 16 inputs.
-SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, bool fixed);
+// error of 2^-16 of the largest of 16 inputs; w4a8 has one of its own.
+SegmentRule segment_rule(const Kernels& kernels, Compute compute, Dtype dtype, bool fixed);
 
 // Appends the segments of an expert's rows; returns the workspace offset behind them.
 int64_t append_segments(const SegmentRule& rule, int64_t expert, int64_t first_row, int64_t rows,

@@ -1,8 +1,9 @@
 // SwiGLU experts on bf16 activations, in both formats, against a double-precision model of the
 // packed bytes. Expert 0 takes every token and so the blocked kernels; expert 1 takes one token and
-// so the streaming ones; expert 2 takes none.
+// so the streaming ones; expert 2 takes none. x has few bits, which 8-bit integers hold.
 #include "cpu/self_test.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -37,15 +38,28 @@ double decode(Format format, const uint8_t* expert, const PanelGeometry& geometr
                               (k / kSuperblockK) * int64_t{superblock_bytes(format)};
   const int within = k % kSuperblockK;
   const int scale = superblock[within / block_size(format) * kPanelLanes + lane];
-  const uint8_t pair = superblock[scale_bytes(format) + (within / 8 * kPanelLanes + lane) * 4 +
-                                  within % 8 / 2];
+  const uint8_t pair =
+      superblock[scale_bytes(format) + (within / 8 * kPanelLanes + lane) * 4 + within % 8 / 2];
   const int code = within % 2 ? pair >> 4 : pair & 15;
   const double value = code & 8 ? -kMagnitudes[code & 7] : kMagnitudes[code];
   return value * (format == Format::kNvfp4 ? std::ldexp(1 + (scale & 7) / 8.0, (scale >> 3) - 7)
                                            : std::ldexp(1.0, scale - 127));
 }
 
-double relative_error(const Kernels& kernels, Format format) {
+// As Int8Block says; the values are of ordinary size.
+void round_to_int8(std::vector<double>& h) {
+  for (size_t begin = 0; begin < h.size(); begin += 16) {
+    double largest = 0;
+    for (size_t i = begin; i < begin + 16; ++i) largest = std::max(largest, std::abs(h[i]));
+    int exponent = -125;
+    while (std::nearbyint(std::ldexp(largest, -exponent)) > 127) ++exponent;
+    for (size_t i = begin; i < begin + 16; ++i) {
+      h[i] = std::ldexp(std::nearbyint(std::ldexp(h[i], -exponent)), exponent);
+    }
+  }
+}
+
+double relative_error(const Kernels& kernels, Format format, Compute compute) {
   const MoeMlpShape shape = {kTokens, kHidden, kIntermediate, kExperts, kChoices};
   const PanelGeometry up_geometry(format, kIntermediate, kHidden, true);
   const PanelGeometry down_geometry(format, kHidden, kIntermediate, false);
@@ -54,12 +68,12 @@ double relative_error(const Kernels& kernels, Format format) {
     std::vector<uint8_t> bytes(static_cast<size_t>(geometry.expert_bytes * kExperts));
     for (size_t i = 0; i < bytes.size(); ++i) {
       const int64_t offset = static_cast<int64_t>(i) % superblock_bytes(format);
-      const int64_t first_k = static_cast<int64_t>(i) % geometry.panel_bytes /
-                              superblock_bytes(format) * kSuperblockK;
+      const int64_t first_k =
+          static_cast<int64_t>(i) % geometry.panel_bytes / superblock_bytes(format) * kSuperblockK;
       if (offset < scale_bytes(format)) {  // normal scales between 2^-5 and 2^-2
         const uint32_t steps = random.next() % 3;
-        bytes[i] = static_cast<uint8_t>(format == Format::kNvfp4 ? (2 + steps) << 3 | (steps * 2 + 1)
-                                                                 : 122 + steps);
+        bytes[i] = static_cast<uint8_t>(
+            format == Format::kNvfp4 ? (2 + steps) << 3 | (steps * 2 + 1) : 122 + steps);
       } else if (first_k + (offset - scale_bytes(format)) / (4 * kPanelLanes) * 8 < k) {
         bytes[i] = static_cast<uint8_t>(random.next());
       }
@@ -92,12 +106,13 @@ double relative_error(const Kernels& kernels, Format format) {
   MoeMlpArgs args;
   args.kernels = &kernels;
   args.format = format;
+  args.compute = compute;
   args.activation = Activation::kSwiglu;
   args.dtype = Dtype::kBf16;
   args.shape = shape;
   std::vector<uint16_t> out(x.size(), 0x7fc0);
   std::vector<uint8_t> workspace(
-      static_cast<size_t>(moe_mlp_workspace_bytes(kernels, args.dtype, shape)) + 64, 0xff);
+      static_cast<size_t>(moe_mlp_workspace_bytes(kernels, compute, args.dtype, shape)) + 64, 0xff);
   args.x = x.data();
   args.gate_up = gate_up.data();
   args.gate_up_global = gate_up_global;
@@ -107,8 +122,8 @@ double relative_error(const Kernels& kernels, Format format) {
   args.expert_ids = ids.data();
   args.weights = weights.data();
   args.out = out.data();
-  args.workspace = reinterpret_cast<void*>(
-      (reinterpret_cast<uintptr_t>(workspace.data()) + 63) & ~uintptr_t{63});
+  args.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) &
+                                           ~uintptr_t{63});
   if (!moe_mlp(args, nullptr)) return INFINITY;
 
   double error = 0, norm = 0;
@@ -126,14 +141,17 @@ double relative_error(const Kernels& kernels, Format format) {
         }
         return sum * gate_up_global[e];
       };
+      std::vector<double> h;
       for (int i = 0; i < kIntermediate; ++i) {
         const double gate = product(i);
-        const double h = gate / (1 + std::exp(-gate)) * product(kIntermediate + i);
+        h.push_back(gate / (1 + std::exp(-gate)) * product(kIntermediate + i));
+      }
+      if (compute == Compute::kW4a8) round_to_int8(h);
+      for (int i = 0; i < kIntermediate; ++i) {
         for (int n = 0; n < kHidden; ++n) {
-          y[static_cast<size_t>(n)] +=
-              0.75 * h * down_global[e] *
-              decode(format, down.data() + e * down_geometry.expert_bytes, down_geometry, false, n,
-                     kHidden, i);
+          y[static_cast<size_t>(n)] += 0.75 * h[static_cast<size_t>(i)] * down_global[e] *
+                                       decode(format, down.data() + e * down_geometry.expert_bytes,
+                                              down_geometry, false, n, kHidden, i);
         }
       }
     }
@@ -152,12 +170,14 @@ double relative_error(const Kernels& kernels, Format format) {
 }  // namespace
 
 std::string self_test(const Kernels& kernels) {
-  for (int i = 0; i < kNumFormats; ++i) {
-    const Format format = static_cast<Format>(i);
-    const double error = relative_error(kernels, format);
-    if (!(error <= kTolerance)) {  // also for NaN
-      return "a relative error of " + std::to_string(error) + " on " + format_name(format) +
-             " weights, more than " + std::to_string(kTolerance);
+  for (const Format format : {Format::kNvfp4, Format::kMxfp4}) {
+    for (const Compute compute : {Compute::kW4a16, Compute::kW4a8}) {
+      const double error = relative_error(kernels, format, compute);
+      if (!(error <= kTolerance)) {  // also for NaN
+        return "a relative error of " + std::to_string(error) + " on " + format_name(format) +
+               " weights with compute='" + compute_name(compute) + "', more than " +
+               std::to_string(kTolerance);
+      }
     }
   }
   return "";

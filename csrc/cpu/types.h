@@ -15,6 +15,10 @@ inline constexpr int kNumFormats = 2;
 
 enum class Dtype { kF32, kBf16 };
 
+// What the experts' products multiply: activations as they are, or as blocks of 8-bit integers (see
+// Int8Block).
+enum class Compute { kW4a16, kW4a8 };
+
 // In ascending order of what they ask of the processor.
 enum class Variant { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 inline constexpr int kNumVariants = 5;
@@ -42,15 +46,18 @@ struct ActivationInfo {
 };
 
 const ActivationInfo& activation_info(Activation activation);
+const char* compute_name(Compute compute);
 const char* format_name(Format format);
 const char* variant_name(Variant variant);
 
 std::optional<Activation> parse_activation(std::string_view name);
+std::optional<Compute> parse_compute(std::string_view name);
 std::optional<Format> parse_format(std::string_view name);
 std::optional<Variant> parse_variant(std::string_view name);
 
 // "a, b, c": the known names of each kind, for error messages.
 std::string activation_names();
+std::string compute_names();
 std::string format_names();
 std::string variant_names();
 

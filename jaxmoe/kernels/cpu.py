@@ -57,11 +57,21 @@ def use_huge_pages(data: jax.Array) -> None:
             )
 
 
-def moe_mlp(config: MlpConfig, variant: str, *operands: Any) -> jax.Array:
-    """One custom call for the whole expert MLP; the operands are those of `xla.moe_mlp`."""
-    return native.moe_mlp(_native(), MOE_MLP, config, variant, *operands)
+def moe_mlp(config: MlpConfig, variant: str, *operands: Any, compute: str = "w4a16") -> jax.Array:
+    """One custom call for the whole expert MLP; the operands are those of `xla.moe_mlp`.
+
+    `compute` is the arithmetic, of which every variant here has two.
+    """
+    return native.moe_mlp(
+        _native(), MOE_MLP, config, variant, *operands, compute=compute, tactic=""
+    )
 
 
-def grouped_matmul(variant: str, *operands: Any) -> jax.Array:
-    """One custom call for the grouped product; the operands are those of `xla.grouped_matmul`."""
-    return native.grouped_matmul(_native(), GROUPED_MATMUL, variant, *operands)
+def grouped_matmul(variant: str, *operands: Any, compute: str = "w4a16") -> jax.Array:
+    """One custom call for the grouped product; the operands are those of `xla.grouped_matmul`.
+
+    `compute` as in `moe_mlp`.
+    """
+    return native.grouped_matmul(
+        _native(), GROUPED_MATMUL, variant, *operands, compute=compute, tactic=""
+    )

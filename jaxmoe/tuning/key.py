@@ -27,6 +27,7 @@ class Key:
     Args:
       device: the device's name as JAX gives it, `"NVIDIA H100 80GB HBM3"`.
       variant: the kernel variant.
+      compute: its arithmetic.
       op: `moe_mlp` or `grouped_matmul`.
       weight_format: format of the weights.
       activation_dtype: dtype of `x`.
@@ -41,6 +42,7 @@ class Key:
 
     device: str
     variant: str
+    compute: str
     op: str
     weight_format: str
     activation_dtype: str
@@ -68,6 +70,7 @@ class Key:
         return cls(
             device=resolution.target.device_kind,
             variant=resolution.variant,
+            compute=str(resolution.compute),
             op=problem.op,
             weight_format=problem.weight_format,
             activation_dtype=problem.activation_dtype,

@@ -90,13 +90,15 @@ struct Case {
   int64_t expert_offset = 0;
   enum Routing { kRandom, kHot, kDuplicates, kOutside } routing = kRandom;
   unsigned seed = 1;
+  Compute compute = Compute::kW4a16;
 
   std::string name(const Kind& kind) const {
-    return kind.label + " " + format_name(format) + (dtype == Dtype::kF32 ? " f32 " : " bf16 ") +
-           activation_info(activation).name + " T" + std::to_string(shape.tokens) + " H" +
-           std::to_string(shape.hidden_size) + " I" + std::to_string(shape.intermediate_size) +
-           " E" + std::to_string(shape.num_experts) + " k" + std::to_string(shape.top_k) +
-           " routing" + std::to_string(routing) + " seed" + std::to_string(seed);
+    return kind.label + " " + compute_name(compute) + " " + format_name(format) +
+           (dtype == Dtype::kF32 ? " f32 " : " bf16 ") + activation_info(activation).name + " T" +
+           std::to_string(shape.tokens) + " H" + std::to_string(shape.hidden_size) + " I" +
+           std::to_string(shape.intermediate_size) + " E" + std::to_string(shape.num_experts) +
+           " k" + std::to_string(shape.top_k) + " routing" + std::to_string(routing) + " seed" +
+           std::to_string(seed);
   }
 };
 
@@ -140,7 +142,8 @@ class Layer {
         const double value = c.activation == Activation::kSwiglu       ? params[0][p]
                              : c.activation == Activation::kSwigluStep ? 7.0
                                                                        : params[1][p];
-        params_.push_back(static_cast<float>(value * (1 + 0.125 * static_cast<double>(e % 3))));
+        // Not 0.125, for which a limit of 8.75 makes activations of 87.5: a tie for 8-bit integers.
+        params_.push_back(static_cast<float>(value * (1 + 0.13 * static_cast<double>(e % 3))));
       }
     }
     for (int64_t t = 0; t < s.tokens; ++t) {
@@ -179,6 +182,8 @@ class Layer {
       return values;
     };
     const std::vector<double> w1 = dense(gate_up_), w2 = dense(down_);
+    std::vector<double> x = x_.values(s.tokens * s.hidden_size);
+    if (case_.compute == Compute::kW4a8) reference::round_int8(x);
     for (int64_t t = 0; t < s.tokens; ++t) {
       for (int64_t j = 0; j < s.top_k; ++j) {
         const int64_t e = int64_t{ids_[t * s.top_k + j]} - case_.expert_offset;
@@ -188,7 +193,7 @@ class Layer {
         for (int64_t r = 0; r < rows; ++r) {
           double sum = 0;
           for (int64_t i = 0; i < s.hidden_size; ++i) {
-            sum += w1[(e * rows + r) * s.hidden_size + i] * x_.get(t * s.hidden_size + i);
+            sum += w1[(e * rows + r) * s.hidden_size + i] * x[t * s.hidden_size + i];
           }
           y[r] = sum * (case_.weight_on_input ? weight : 1.0) +
                  (case_.bias ? gate_up_bias_[e * rows + r] : 0.0);
@@ -200,6 +205,7 @@ class Layer {
         for (int64_t i = 0; i < inner; ++i) {
           h[i] = reference::activate(case_.activation, y[i], gated_ ? y[inner + i] : 0.0, params);
         }
+        if (case_.compute == Compute::kW4a8) reference::round_int8(h);
         for (int64_t n = 0; n < s.hidden_size; ++n) {
           double sum = case_.bias ? down_bias_[e * s.hidden_size + n] : 0.0;
           for (int64_t i = 0; i < inner; ++i) sum += w2[(e * s.hidden_size + n) * inner + i] * h[i];
@@ -215,6 +221,7 @@ class Layer {
     MoeMlpArgs args;
     args.kernels = kind.table;
     args.format = case_.format;
+    args.compute = case_.compute;
     args.activation = case_.activation;
     args.dtype = case_.dtype;
     args.shape = s;
@@ -233,7 +240,7 @@ class Layer {
     Buffer out(case_.dtype, s.tokens * s.hidden_size);
     args.out = out.data();
     // 0xff bytes are NaN as f32 and as bf16.
-    const int64_t bytes = moe_mlp_workspace_bytes(*kind.table, case_.dtype, s);
+    const int64_t bytes = moe_mlp_workspace_bytes(*kind.table, case_.compute, case_.dtype, s);
     const std::unique_ptr<uint8_t[]> workspace(new uint8_t[bytes]);
     std::fill(workspace.get(), workspace.get() + bytes, 0xff);
     args.workspace = workspace.get();
@@ -266,10 +273,26 @@ bool same_bits(const Buffer& a, const Buffer& b) {
           std::memcmp(a.f32.data(), b.f32.data(), a.f32.size() * sizeof(float)) == 0);
 }
 
-double tolerance(Dtype dtype) { return dtype == Dtype::kF32 ? 3e-6 : 4e-3; }
+constexpr Compute kComputes[] = {Compute::kW4a16, Compute::kW4a8};
 
-// Every variant against the reference, with 1 and 3 threads; same bits for both.
-void check_moe_mlp(const Case& c) {
+// Sums in f32, which w4a8 rounds to 8-bit integers between the products: one in ten thousand then
+// goes to the other side of a half. Or results in bf16.
+double tolerance(Dtype dtype, Compute compute) {
+  if (dtype == Dtype::kBf16) return 4e-3;
+  return compute == Compute::kW4a8 ? 1e-3 : 3e-6;
+}
+
+void check_arithmetic(const Case& c);
+
+// Every variant and arithmetic against the reference, with 1 and 3 threads; same bits for both.
+void check_moe_mlp(Case c) {
+  for (const Compute compute : kComputes) {
+    c.compute = compute;
+    check_arithmetic(c);
+  }
+}
+
+void check_arithmetic(const Case& c) {
   Layer layer(c);
   const std::vector<double> want = layer.expected();
   ThreadPool pool(3);
@@ -280,7 +303,8 @@ void check_moe_mlp(const Case& c) {
     if (c.grid == Grid::kExact) {
       expect(got == want, c.name(kind) + ": exact");
     } else {
-      expect_below(reference::relative_error(got, want), tolerance(c.dtype), c.name(kind));
+      expect_below(reference::relative_error(got, want), tolerance(c.dtype, c.compute),
+                   c.name(kind));
     }
     expect(same_bits(alone, together), c.name(kind) + ": the same bits for 1 and 3 threads");
   }
@@ -363,17 +387,20 @@ void test_exact() {
 }
 
 // Large inputs must saturate the activations without a NaN, and a NaN row must stay alone.
-void test_extremes() {
+void test_extremes(Compute compute) {
+  // Its square times 64 weights is within what blocks of 8-bit integers hold, 2.6e33.
+  const float large = compute == Compute::kW4a8 ? 1e13f : 1e15f;
   for (int a = 0; a < kNumActivations; ++a) {
     for (const int64_t tokens : {3, 40}) {
       Case c;
+      c.compute = compute;
       c.activation = static_cast<Activation>(a);
       c.shape = {tokens, 64, 64, 2, 1};
       c.dtype = tokens == 3 ? Dtype::kF32 : Dtype::kBf16;
       Layer layer(c);
       std::vector<Buffer> ordinary;
       for (const Kind& kind : runnable) ordinary.push_back(layer.run(kind, nullptr));
-      for (int64_t i = 0; i < 64; ++i) layer.x().set(64 + i, i % 2 ? 1e15f : -1e14f);
+      for (int64_t i = 0; i < 64; ++i) layer.x().set(64 + i, i % 2 ? large : -large / 10);
       for (const Kind& kind : runnable) {
         const Buffer out = layer.run(kind, nullptr);
         for (int64_t i = 64; i < 128; ++i)
@@ -392,6 +419,10 @@ void test_extremes() {
   }
 }
 
+void test_extremes() {
+  for (const Compute compute : kComputes) test_extremes(compute);
+}
+
 void test_many_tokens_in_chunks() {
   Case c;
   c.shape = {9000, 32, 32, 5, 2};
@@ -405,13 +436,22 @@ struct GroupedCase {
   int64_t rows, n, k, experts;
   std::vector<int32_t> sizes;
   int64_t offset = 0;
-  Grid grid = Grid::kOrdinary;
+  Compute compute = Compute::kW4a16;
 };
 
-void check_grouped(const GroupedCase& c, const std::string& label) {
+void check_grouped_arithmetic(const GroupedCase& c, std::string label);
+
+void check_grouped(GroupedCase c, const std::string& label) {
+  for (const Compute compute : kComputes) {
+    c.compute = compute;
+    check_grouped_arithmetic(c, label + " " + compute_name(compute));
+  }
+}
+
+void check_grouped_arithmetic(const GroupedCase& c, std::string label) {
   Random random(5);
   const reference::Weights w =
-      reference::random_weights(c.format, c.experts, c.n, c.k, c.grid, random);
+      reference::random_weights(c.format, c.experts, c.n, c.k, Grid::kOrdinary, random);
   const std::vector<uint8_t> packed = w.pack(false);
   std::vector<float> bias;
   for (int64_t i = 0; i < c.experts * c.n; ++i)
@@ -419,7 +459,8 @@ void check_grouped(const GroupedCase& c, const std::string& label) {
   Buffer x(c.x_dtype, c.rows * c.k);
   for (int64_t i = 0; i < c.rows * c.k; ++i)
     x.set(i, static_cast<float>(reference::uniform(random, -1, 1)));
-  std::vector<double> want(c.rows * c.n, 0.0);
+  std::vector<double> want(c.rows * c.n, 0.0), values = x.values(c.rows * c.k);
+  if (c.compute == Compute::kW4a8) reference::round_int8(values);
   int64_t row = 0;
   for (size_t g = 0; g < c.sizes.size(); ++g) {
     for (int32_t i = 0; i < c.sizes[g] && row < c.rows; ++i, ++row) {
@@ -427,7 +468,7 @@ void check_grouped(const GroupedCase& c, const std::string& label) {
       if (e < 0 || e >= c.experts) continue;
       for (int64_t n = 0; n < c.n; ++n) {
         double sum = bias[e * c.n + n];
-        for (int64_t k = 0; k < c.k; ++k) sum += w.value(e, n, k) * x.get(row * c.k + k);
+        for (int64_t k = 0; k < c.k; ++k) sum += w.value(e, n, k) * values[row * c.k + k];
         want[row * c.n + n] = sum;
       }
     }
@@ -439,6 +480,7 @@ void check_grouped(const GroupedCase& c, const std::string& label) {
       GroupedMatmulArgs args;
       args.kernels = kind.table;
       args.format = c.format;
+      args.compute = c.compute;
       args.x_dtype = c.x_dtype;
       args.out_dtype = c.out_dtype;
       args.rows = c.rows;
@@ -503,7 +545,9 @@ void test_every_scale() {
       w.scales.assign(32, static_cast<uint8_t>(byte));
       const std::vector<uint8_t> packed = w.pack(false);
       for (const int64_t rows : {1, 16, 20}) {  // each of the kernels
-        for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+        for (const auto& [dtype, compute] : {std::pair{Dtype::kF32, Compute::kW4a16},
+                                             {Dtype::kBf16, Compute::kW4a16},
+                                             {Dtype::kBf16, Compute::kW4a8}}) {
           Buffer x(dtype, rows * block);
           for (int64_t i = 0; i < rows * block; ++i)
             x.set(i, i % block == i / block % block ? 1.0f : 0.0f);
@@ -513,6 +557,7 @@ void test_every_scale() {
             GroupedMatmulArgs args;
             args.kernels = kind.table;
             args.format = format;
+            args.compute = compute;
             args.x_dtype = dtype;
             args.rows = rows;
             args.n = 32;
@@ -530,10 +575,10 @@ void test_every_scale() {
                 // Beyond f32's range weights are infinite, and zeros of x times them NaN.
                 if (format == Format::kMxfp4 && byte >= 253) continue;
                 const bool flushed = std::abs(want) < std::ldexp(1.0, -126) && got == 0;
-                expect(got == want || flushed, kind.label + " " + format_name(format) +
-                                                   " scale byte " + std::to_string(byte) +
-                                                   ": got " + std::to_string(got) + ", want " +
-                                                   std::to_string(want));
+                expect(got == want || flushed,
+                       kind.label + " " + compute_name(compute) + " " + format_name(format) +
+                           " scale byte " + std::to_string(byte) + ": got " + std::to_string(got) +
+                           ", want " + std::to_string(want));
               }
             }
           }
@@ -639,11 +684,115 @@ void test_fixed_range() {
   }
 }
 
+// Blocks of 8-bit integers are what the rule says, to the bit, in both forms; and products of them
+// are exact but for the order of f32 sums.
+void test_int8() {
+  static constexpr int kOrder[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+  Random random(11);
+  std::vector<std::vector<float>> blocks;
+  const auto block = [&](float largest, auto value) {
+    blocks.emplace_back();
+    for (int i = 0; i < 16; ++i) blocks.back().push_back(i == 3 ? largest : value(i));
+  };
+  for (int exponent = -149; exponent < 128; ++exponent) {
+    // Around 127.5 units, where the next power of two takes over, and ties between integers.
+    for (const float factor :
+         {1.0f, 1.5f, 1.9765625f, 1.984375f, 1.992187f, 1.9921875f, 1.9999999f}) {
+      const float largest = std::ldexp(random() % 2 ? factor : -factor, exponent);
+      block(largest, [&](int i) { return largest * (static_cast<float>(i) / 16); });
+      block(largest,
+            [&](int i) { return std::ldexp(static_cast<float>(2 * i + 1), exponent - 7); });
+      block(largest,
+            [&](int) { return largest * static_cast<float>(reference::uniform(random, -1, 1)); });
+    }
+  }
+  block(0.0f, [](int i) { return i % 2 ? 0.0f : -0.0f; });
+  for (const float bad : {kPoison, std::numeric_limits<float>::infinity(), std::ldexp(127.5f, 104),
+                          std::numeric_limits<float>::max()}) {
+    block(-bad, [](int) { return 1.0f; });
+  }
+  block(std::nextafter(std::ldexp(127.5f, 104), 0.0f), [](int) { return 1.0f; });
+#if defined(__x86_64__)
+  const unsigned mode = _mm_getcsr();
+  _mm_setcsr(mode | 0x8040);  // as in a job
+#endif
+  for (const Kind& kind : runnable) {
+    for (const std::vector<float>& x : blocks) {
+      std::vector<double> want(x.begin(), x.end());
+      reference::round_int8(want);
+      std::vector<float> rounded = x;
+      kind.table->round_int8(rounded.data(), 16);
+      Int8Block packed;
+      if (kind.table->pack_int8) kind.table->pack_int8(x.data(), 16, &packed);
+      int32_t sum = 0, offset;
+      for (int i = 0; i < 16; ++i) {
+        const std::string name = kind.label + ": " + std::to_string(x[i]) + " of a block of " +
+                                 std::to_string(x[3]) + " as an 8-bit integer";
+        const bool nan = std::isnan(want[i]);
+        expect(nan ? std::isnan(rounded[i]) : rounded[i] == want[i], name + ", rounded");
+        if (!kind.table->pack_int8) continue;
+        const int integer = packed.values[std::find(kOrder, kOrder + 16, i) - kOrder];
+        sum += integer;
+        // 1.5 * 2^(22 + e)
+        const double unit = packed.offset / (1.5 * std::ldexp(1.0, 22));
+        expect(nan ? std::isnan(unit) : integer * unit == want[i] && std::abs(integer) <= 127,
+               name + ", packed");
+      }
+      std::memcpy(&offset, &packed.offset, sizeof(offset));
+      if (kind.table->pack_int8 && !std::isnan(want[0])) {
+        expect(packed.start == offset - 12 * sum, kind.label + ": start of the sums");
+      }
+    }
+  }
+#if defined(__x86_64__)
+  _mm_setcsr(mode);
+#endif
+  constexpr int64_t kColumns = 1088, kBlocks = kColumns / 16;
+  for (const Kind& kind : runnable) {
+    if (!kind.table->panel_int8[0]) continue;
+    for (const Format format : {Format::kNvfp4, Format::kMxfp4}) {
+      for (const int rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 31, 70}) {
+        const reference::Weights w =
+            reference::random_weights(format, 1, kPanelLanes, kColumns, Grid::kOrdinary, random);
+        const std::vector<uint8_t> packed = w.pack(false);
+        std::vector<float> x;
+        for (int64_t i = 0; i < rows * kColumns; ++i) {
+          x.push_back(static_cast<float>(
+              std::normal_distribution<double>(0, i % 64 == 5 ? 30 : 1)(random)));
+        }
+        std::vector<double> values(x.begin(), x.end()), got, want;
+        reference::round_int8(values);
+        std::vector<Int8Block> integers(rows * kBlocks);
+        for (int r = 0; r < rows; ++r) {
+          kind.table->pack_int8(x.data() + r * kColumns, kColumns, integers.data() + r * kBlocks);
+        }
+        std::vector<float> c(rows * kPanelLanes, kPoison);
+        kind.table->panel_int8[static_cast<int>(format)](
+            packed.data(), kColumns / kSuperblockK, {integers.data(), kBlocks}, rows, c.data());
+        for (int r = 0; r < rows; ++r) {
+          for (int lane = 0; lane < kPanelLanes; ++lane) {
+            double sum = 0;
+            for (int64_t k = 0; k < kColumns; ++k) {
+              sum += w.value(0, lane, k) * values[r * kColumns + k];
+            }
+            want.push_back(sum);
+            got.push_back(static_cast<double>(c[r * kPanelLanes + lane]) *
+                          kProductExponent[static_cast<int>(format)] * w.global[0]);
+          }
+        }
+        expect_below(reference::relative_error(got, want), 1e-6,
+                     kind.label + " int8 " + format_name(format) + " rows " + std::to_string(rows));
+      }
+    }
+  }
+}
+
 // The thread's floating-point mode must not reach the result, and must be as before.
-void test_float_mode() {
+void test_float_mode(Compute compute) {
 #if defined(__x86_64__)
   constexpr unsigned kDefault = 0x1f80, kFlushing = 0x9fc0;
   Case c;
+  c.compute = compute;
   c.shape = {3, 64, 64, 2, 1};
   c.bias = false;
   c.activation = Activation::kIdentity;
@@ -661,6 +810,10 @@ void test_float_mode() {
     expect(same_bits(ordinary, flushing), kind.label + ": the caller's float mode does not matter");
   }
 #endif
+}
+
+void test_float_mode() {
+  for (const Compute compute : kComputes) test_float_mode(compute);
 }
 
 // A pool that runs helpers at once and in line, one that never runs them before the job is over,
@@ -728,13 +881,14 @@ int main() {
       {"shapes", &test_shapes},
       {"routings", &test_routings},
       {"exact", &test_exact},
-      {"extremes", &test_extremes},
+      {"extremes", static_cast<void (*)()>(&test_extremes)},
       {"chunks", &test_many_tokens_in_chunks},
       {"grouped_matmul", &test_grouped_matmul},
       {"every_scale", &test_every_scale},
       {"fixed", &test_fixed},
       {"fixed_range", &test_fixed_range},
-      {"float_mode", &test_float_mode},
+      {"int8", &test_int8},
+      {"float_mode", static_cast<void (*)()>(&test_float_mode)},
       {"executors", &test_executors},
   };
   for (const auto& [name, test] : tests) {
