@@ -51,6 +51,17 @@ def folded(w: np.ndarray) -> np.ndarray:
     return values * factor
 
 
+def int8(block: int) -> judge.Arithmetic:
+    """Blocks of integers times amax / 127, as llama.cpp's q8_0 has them for 32."""
+
+    def rows(x):
+        blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
+        unit = np.abs(blocks).max(-1, keepdims=True) / 127
+        return (np.rint(blocks / unit) * unit).reshape(x.shape), 1.0
+
+    return judge.Arithmetic(rows, exact, exact)
+
+
 EXACT = judge.Arithmetic(lambda x: (x, 1.0), exact, exact)
 
 # name -> format, what is done to the quantised weights, what is rounded around the products
@@ -59,6 +70,10 @@ CASES = {
     "W4A16, MXFP4": ("mxfp4", exact, judge.BF16),
     "W4A8, MXFP4 × FP8 (e4m3 per token)": ("mxfp4", exact, judge.FP8_ROWS),
     "W4A8, MXFP4 × MXFP8": ("mxfp4", exact, judge.MXFP8),
+    "W4A8 on CPUs, NVFP4 × int8": ("nvfp4", exact, judge.INT8),
+    "W4A8 on CPUs, MXFP4 × int8": ("mxfp4", exact, judge.INT8),
+    "NVFP4 × int8, amax / 127 of 16": ("nvfp4", exact, int8(16)),
+    "NVFP4 × int8, amax / 127 of 32": ("nvfp4", exact, int8(32)),
     "W4A4, NVFP4 × NVFP4": ("nvfp4", exact, judge.NVFP4),
     "NVFP4 folded into e4m3, bf16 activations": ("nvfp4", folded, judge.BF16),
     "NVFP4 folded into e4m3, FP8 activations": ("nvfp4", folded, judge.FP8_ROWS),
@@ -127,6 +142,8 @@ MODELS = {
     "W4A16, MXFP4": ("mxfp4", "xla", "w4a16", None),
     "W4A8, MXFP4 × FP8 (e4m3 per token)": ("mxfp4", "xla_w4a8", "w4a8", fp8_rows),
     "W4A8, MXFP4 × MXFP8": ("mxfp4", "xla_w4a8", "w4a8", None),
+    "W4A8 on CPUs, NVFP4 × int8": ("nvfp4", "cpu", "w4a8", None),
+    "W4A8 on CPUs, MXFP4 × int8": ("mxfp4", "cpu", "w4a8", None),
     "W4A4, NVFP4 × NVFP4": ("nvfp4", "xla_w4a4", "w4a4", None),
 }
 

@@ -74,6 +74,9 @@ def moe_mlp(
     - `"w4a8"`, MXFP4 weights: MXFP8 activations on those SMs. On Hopper a row of x or h is rounded
       to e4m3 times the least power of two that keeps it within 448, and a block of weights whose
       scale is more than 2^11 below the largest of its row as `jaxmoe.kernels.fragment_fp8` says.
+    - `"w4a8"` on CPUs: 16 values of x or h become integers of at most 127 times a power of two,
+      between exact weights of either format and float32 sums. Faster with few rows for each expert,
+      and without AMX with many; only for who asks for it, whatever the weights declare.
 
     `jaxmoe.kernels.operands` states the rules of NVFP4 and MXFP8, and the implementations
     `"xla_w4a4"` and `"xla_w4a8"` follow them on any device. Gradients are those of w4a16 on the
@@ -88,8 +91,8 @@ def moe_mlp(
       activation: what stands between the two products.
       compute: `"w4a16"`, `"w4a8"`, `"w4a4"`, or `"auto"`, which takes what the weights declare
         (`ExpertWeights.declared_compute`) where this target has it, else the nearest more accurate
-        arithmetic. Weights that declare nothing run as w4a16: anything else has to be asked for,
-        here and in `prepare`.
+        arithmetic, and never w4a8 on a CPU. Weights that declare nothing run as w4a16: anything
+        else has to be asked for, here and in `prepare`.
       expert_offset: id of the first local expert; an int or an `i32[]` array.
       weight_on_input: multiply x by the routing weight before the first product, and leave the
         result unweighted (Llama 4); for k = 1.

@@ -218,6 +218,22 @@ def mxfp8_rows(x: np.ndarray, input_scale: float | None) -> tuple[np.ndarray, np
     return np.ldexp(elements, exponent).reshape(x.shape), np.full((*x.shape[:-1], 1), float(g))
 
 
+def int8_rows(x: np.ndarray) -> np.ndarray:
+    """float64: 16 elements as integers q of at most 127 times 2^e, e the least from -125 on.
+
+    q is x 2^-e rounded, ties to even. Blocks that have a NaN, or a magnitude of 127.5 * 2^104 or
+    more, are NaN.
+    """
+    x = np.asarray(x).astype(np.float64)
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // 16, 16)
+    amax = np.abs(blocks).max(-1, keepdims=True, initial=0)
+    good = amax < np.ldexp(127.5, 104)
+    fraction, exponent = np.frexp(np.where(good, amax, 0))  # in [0.5, 1)
+    exponent = np.maximum(exponent - 7 + (fraction >= 127.5 / 128), -125)
+    values = np.ldexp(np.rint(np.ldexp(np.where(good, blocks, 0), -exponent)), exponent)
+    return np.where(good, values, np.nan).reshape(x.shape)
+
+
 def _no_factor(operand: Callable[[np.ndarray], np.ndarray]):
     """Rows rounded by `operand`, which needs no factor and reads no input scale."""
     return lambda x, input_scale: (operand(x), np.ones((*x.shape[:-1], 1)))
@@ -289,6 +305,7 @@ ARITHMETIC: dict[str, Arithmetic] = {
         _as_it_is,
         _to_dtype,
     ),
+    "int8": Arithmetic(_decoded, _ones, _no_factor(int8_rows), _as_it_is, _as_it_is),
     "w4a4": _block_scaled(nvfp4_rows),
     "mxfp8": _block_scaled(mxfp8_rows),
 }

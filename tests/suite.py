@@ -87,9 +87,12 @@ def widest_dtype(implementation: str, wanted: str = "float32", op: str = "moe_ml
 
 
 @functools.cache
-def compiled(activation_name: str, weight_on_input: bool, implementation: Any):
+def compiled(
+    activation_name: str, weight_on_input: bool, implementation: Any, compute: str | None = None
+):
     """jit of moe_mlp as f(x, experts, expert_ids, weights, expert_offset, params).
 
+    compute: the implementation's own by default.
     Offset and activation parameters are arguments, so that one compilation serves many problems.
     """
 
@@ -98,7 +101,7 @@ def compiled(activation_name: str, weight_on_input: bool, implementation: Any):
             x, experts, expert_ids, weights,
             activation=jaxmoe.activations.ACTIVATIONS[activation_name](*params),
             expert_offset=expert_offset, weight_on_input=weight_on_input,
-            compute=COMPUTE.get(implementation, "auto"), implementation=implementation,
+            compute=compute or COMPUTE.get(implementation, "auto"), implementation=implementation,
         )  # fmt: skip
 
     return jax.jit(call)
@@ -129,15 +132,18 @@ def activation_arrays(problem: Problem) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(np.broadcast_to(np.float32(p), shape)) for p in params)
 
 
-def run(problem: Problem, implementation: str | None, experts: Any = None) -> np.ndarray:
+def run(
+    problem: Problem, implementation: str | None, experts: Any = None, compute: str | None = None
+) -> np.ndarray:
     """moe_mlp on a problem, compiled; checks shape and dtype of the answer.
 
     experts: what to pass; `prepared` by default.
+    compute: as for `compiled`.
     """
     spec, (x, canonical, ids, weights) = problem.spec, problem.call_args()
     if experts is None:
         experts = prepared(canonical, implementation, spec.gated)
-    y = compiled(spec.activation_name, spec.weight_on_input, implementation)(
+    y = compiled(spec.activation_name, spec.weight_on_input, implementation, compute)(
         x, experts, ids, weights, jnp.int32(spec.expert_offset), activation_arrays(problem)
     )
     assert y.shape == problem.x.shape
@@ -146,24 +152,27 @@ def run(problem: Problem, implementation: str | None, experts: Any = None) -> np
 
 
 @functools.cache
-def compiled_grouped(implementation: Any, preferred: str | None = None):
+def compiled_grouped(implementation: Any, preferred: str | None = None, compute: str | None = None):
     """jit of grouped_matmul as f(x, w, group_sizes, bias, input_scale, group_offset)."""
 
     def call(x, w, group_sizes, bias, input_scale, group_offset):
         return jaxmoe.grouped_matmul(
             x, w, group_sizes, bias=bias, input_scale=input_scale, group_offset=group_offset,
-            preferred_element_type=preferred, compute=COMPUTE.get(implementation, "auto"),
-            implementation=implementation,
+            preferred_element_type=preferred,
+            compute=compute or COMPUTE.get(implementation, "auto"), implementation=implementation,
         )  # fmt: skip
 
     return jax.jit(call)
 
 
-def run_grouped(problem: GroupedProblem, implementation: Any, preferred: str | None = None):
+def run_grouped(
+    problem: GroupedProblem, implementation: Any, preferred: str | None = None,
+    compute: str | None = None,
+):  # fmt: skip
     """grouped_matmul on a problem, compiled."""
     kwargs = problem.call_kwargs()
     offset = kwargs["group_offset"]
-    y = compiled_grouped(implementation, preferred)(
+    y = compiled_grouped(implementation, preferred, compute)(
         *problem.call_args(), kwargs["bias"], kwargs["input_scale"],
         None if offset is None else jnp.int32(offset),
     )  # fmt: skip

@@ -117,7 +117,7 @@ sm_120   sm80_w4a16   -           sm120_w4a4  sm80_w4a16   sm120_w4a8  -
 sm_121   sm80_w4a16   -           sm120_w4a4  sm80_w4a16   sm120_w4a8  -
 sm_130   xla          -           -           xla          -           -
 unknown  xla          -           -           xla          -           -
-cpu      cpu_amx      -           -           cpu_amx      -           -
+cpu      cpu_amx      cpu_amx     -           cpu_amx      cpu_amx     -
 tpu      xla          -           -           xla          -           -
 rocm     xla          -           -           xla          -           -
 """

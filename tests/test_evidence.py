@@ -66,9 +66,13 @@ def test_the_file_says_where_what_and_how_well(tmp_path, capsys):
     for variant, formats in (("cpu_portable", ["mxfp4", "nvfp4"]), ("xla_w4a4", ["nvfp4"])):
         row = rows[variant]
         assert (row["unable"], row["failures"]) == ("", [])
-        tactics = ("", *kernels.tactics(variant))
-        ways = [(r["format"], r["tactic"]) for r in row["numbers"] if r["tokens"]]
-        assert ways == [(fmt, tactic) for fmt in formats for tactic in tactics]
+        ways = [(r["format"], r["tactic"], r["compute"]) for r in row["numbers"] if r["tokens"]]
+        assert ways == [
+            (fmt, tactic, compute)
+            for fmt in formats
+            for tactic in ("", *kernels.tactics(variant))
+            for compute in ROWS[variant].computes(fmt)
+        ]
         assert all(r["error"] <= r["allowed"] and not r["raised"] for r in row["numbers"])
         assert [t["format"] for t in row["timings"]] == formats
         assert all(t["us"] > 0 and t["T"] == 1 for t in row["timings"])
@@ -142,8 +146,8 @@ def test_a_library_that_differs_from_the_table_fails(tmp_path, monkeypatch):
 def result(tactic="", raised="", error=1e-3):
     error = None if raised else error
     return {
-        "format": "nvfp4", "tactic": tactic, **dataclasses.asdict(judge.TINY), "error": error,
-        "allowed": judge.TOLERANCE, "raised": raised,
+        "format": "nvfp4", "compute": "w4a16", "tactic": tactic, **dataclasses.asdict(judge.TINY),
+        "error": error, "allowed": judge.TOLERANCE, "raised": raised,
     }  # fmt: skip
 
 

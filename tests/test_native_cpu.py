@@ -23,6 +23,10 @@ RUNNABLE = [
     for name, entry in MANIFEST["variants"].items()
     if set(entry["features"]) <= set(_cpu.cpu_features())
 ]
+COMPUTES = ["w4a16", "w4a8"]
+# Variants with kernels on integers.
+INTEGER = {"w4a16": {"cpu_avx2", "cpu_avx512_bf16", "cpu_amx"}}
+INTEGER["w4a8"] = INTEGER["w4a16"] | {"cpu_avx512"}
 GATED = {
     "swiglu": True,
     "swiglu_step": True,
@@ -249,13 +253,14 @@ class Layer:
 
     def attributes(self, variant):
         return {
-            "tactic": "",
             "variant": variant,
             "format": self.format,
             "activation": self.activation,
             "hidden_size": np.int64(self.hidden),
             "intermediate_size": np.int64(self.intermediate),
             "weight_on_input": self.weight_on_input,
+            "tactic": "",
+            "compute": "w4a16",
         }
 
     def workspace(self, variant):
@@ -269,6 +274,7 @@ class Layer:
             gated=self.gated,
             x_dtype=self.dtype,
             variant=variant,
+            compute="w4a16",
         )
 
     def run(self, variant, *, out=None, workspace=None, operands=(), attributes=()):
@@ -297,7 +303,7 @@ TACTICS = [
     (v, d, tactic)
     for v, d in CASES
     for tactic in MANIFEST["variants"][v]["tactics"]
-    if tactic != "integer" or d == "bfloat16"
+    if tactic != "integer" or (d == "bfloat16" and v in INTEGER["w4a16"])
 ]
 
 
@@ -379,6 +385,7 @@ def run_grouped(variant, x, weights, sizes, *, offset=0, bias=None, overrides=()
         num_groups=len(sizes),
         x_dtype=str(x.dtype),
         variant=variant,
+        compute="w4a16",
     )
     operands = {
         "x": x,
@@ -389,11 +396,12 @@ def run_grouped(variant, x, weights, sizes, *, offset=0, bias=None, overrides=()
         "group_offset": np.int32(offset),
     }
     attributes = {
-        "tactic": "",
         "variant": variant,
         "format": weights.format,
         "n": np.int64(n),
         "k": np.int64(k),
+        "tactic": "",
+        "compute": "w4a16",
     }
     overrides = dict(overrides)
     out = overrides.pop("out", jax.ShapeDtypeStruct((rows, n), x.dtype))
@@ -427,9 +435,9 @@ def test_grouped_matmul_matches_float64(variant, dtype, fmt, offset):
 
 
 def test_tactics_are_those_that_a_variant_has_kernels_for():
-    every, f32_alone = ["integer", "stream", "tiles"], ["stream", "tiles"]
-    assert {name: list(entry["tactics"]) for name, entry in MANIFEST["variants"].items()} == {
-        name: f32_alone if name in ("cpu_portable", "cpu_avx512") else every
+    """In either arithmetic."""
+    assert {name: set(entry["tactics"]) for name, entry in MANIFEST["variants"].items()} == {
+        name: {"stream", "tiles"} | ({"integer"} if name in INTEGER["w4a8"] else set())
         for name in MANIFEST["variants"]
     }
     for entry in MANIFEST["variants"].values():
@@ -500,17 +508,50 @@ def test_a_tactic_is_what_the_library_would_choose_for_such_rows(variant, dtype)
     assert product(100, "") == product(100, "tiles") != product(100, "stream")
 
 
+@pytest.mark.parametrize(("variant", "dtype"), CASES)
+@pytest.mark.parametrize("rows", [1, 8, 9, 100])
+def test_every_tactic_multiplies_the_same_8_bit_integers(variant, dtype, rows):
+    """Of w4a8; float32 rows too, since this arithmetic rounds them by itself."""
+    rng = np.random.default_rng(7)
+    weights = Weights(rng, 1, 64, 1024, "nvfp4")
+    # What such integers hold, so that nothing is rounded here.
+    x = rng.integers(-127, 128, (rows, 1024)) * np.exp2(rng.integers(-9, 9, (rows, 1)))
+    x = x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    want = x.astype(np.float64) @ weights.values()[0].T
+
+    def product(tactic):
+        out = jax.ShapeDtypeStruct((rows, 64), jnp.float32)
+        overrides = {"tactic": tactic, "compute": "w4a8", "out": out}
+        return run_grouped(variant, x, weights, [rows], overrides=overrides)
+
+    tactics = ["stream", "tiles", *(["integer"] if variant in INTEGER["w4a8"] else [])]
+    products = {tactic: product(tactic) for tactic in tactics}
+    for got in products.values():
+        assert relative_error(got, want) < TOLERANCE["float32"]
+    if variant in INTEGER["w4a8"]:
+        few = variant != "cpu_amx" or rows <= 8
+        own = "integer" if few else "tiles"
+        assert product("").tobytes() == products[own].tobytes()
+
+
 @pytest.mark.parametrize("variant", RUNNABLE)
-def test_a_tactic_that_the_variant_lacks_is_refused(variant):
-    have = ", ".join(MANIFEST["variants"][variant]["tactics"])
-    message = rf"\(cpu\): tactic must be '' or one of {have}, got 'wgmma64'"
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_a_tactic_that_the_variant_lacks_is_refused(variant, compute):
+    if variant in INTEGER[compute]:
+        names, tactic = "integer, stream, tiles", "wgmma64"
+    else:
+        names, tactic = "stream, tiles", "integer"
+    message = (
+        rf"\(cpu\): tactic must be '' or one of {names} for compute='{compute}', got '{tactic}'"
+    )
+    attributes = {"tactic": tactic, "compute": compute}
     layer = Layer(dtype="bfloat16")
     with pytest.raises(Exception, match="moe_mlp " + message):
-        layer.run(variant, attributes={"tactic": "wgmma64"})
+        layer.run(variant, attributes=attributes)
     weights = Weights(np.random.default_rng(0), 3, 40, 96, "nvfp4")
     x = f32(9, 96).astype(ml_dtypes.bfloat16)
     with pytest.raises(Exception, match="grouped_matmul " + message):
-        run_grouped(variant, x, weights, [3, 3, 3], overrides={"tactic": "wgmma64"})
+        run_grouped(variant, x, weights, [3, 3, 3], overrides=attributes)
 
 
 @pytest.mark.skipif("cpu_avx2" not in RUNNABLE, reason="needs AVX2")
@@ -536,8 +577,9 @@ def test_manifest_and_features():
     assert "cpu_portable" in RUNNABLE
 
 
+@pytest.mark.parametrize("compute", COMPUTES)
 @pytest.mark.parametrize("variant", MANIFEST["variants"])
-def test_workspace_stays_bounded(variant):
+def test_workspace_stays_bounded(variant, compute):
     def size(tokens):
         return _cpu.workspace_bytes(
             "moe_mlp",
@@ -549,6 +591,7 @@ def test_workspace_stays_bounded(variant):
             gated=True,
             x_dtype="bfloat16",
             variant=variant,
+            compute=compute,
         )
 
     assert size(1) < size(64) < size(1024)
@@ -587,6 +630,8 @@ BAD_OPERANDS = [
 ]
 BAD_ATTRIBUTES = [
     ("variant", "cpu_sse9", r"variant must be one of cpu_portable, .*, got 'cpu_sse9'"),
+    ("compute", "w4a4", r"compute must be one of w4a16, w4a8, got 'w4a4'"),
+    ("tactic", "decode", r"tactic must be '' or one of .*, got 'decode'"),
     ("format", "fp5", r"format must be one of nvfp4, mxfp4, got 'fp5'"),
     ("activation", "mish", r"activation must be one of swiglu, .*identity, got 'mish'"),
     ("hidden_size", np.int64(100), r"hidden_size must be a positive multiple of 16 .*, got 100"),
@@ -639,6 +684,7 @@ BAD_GROUPED = [
     ({"group_offset": i32(2)}, r"group_offset must be i32\[\], got i32\[2\]"),
     ({"n": np.int64(0)}, r"n must be positive, got 0"),
     ({"k": np.int64(33)}, r"k must be a positive multiple of 16 .*, got 33"),
+    ({"compute": "w4a4"}, r"compute must be one of w4a16, w4a8, got 'w4a4'"),
     ({"format": "int4"}, r"format must be one of nvfp4, mxfp4, got 'int4'"),
     ({"variant": "gpu"}, r"variant must be one of .*, got 'gpu'"),
     ({"out": jax.ShapeDtypeStruct((8, 40), jnp.float32)}, r"out must be f32\|bf16\[9,40\], got"),
@@ -665,9 +711,11 @@ def test_workspace_bytes_refuses():
         "gated": True,
         "x_dtype": "float32",
         "variant": "cpu_portable",
+        "compute": "w4a8",
     }
     for change, message in [
         ({"variant": "cpu_sse9"}, "variant must be one of"),
+        ({"compute": "w8a8"}, "compute must be one of w4a16, w4a8, got 'w8a8'"),
         ({"x_dtype": "float64"}, "x_dtype must be 'float32' or 'bfloat16', got 'float64'"),
         ({"tokens": -1}, "tokens must be >= 0, got -1"),
     ]:

@@ -36,15 +36,18 @@ Dtype dtype_of(const ffi::AnyBuffer& buffer) {
   return buffer.element_type() == kBf16 ? Dtype::kBf16 : Dtype::kF32;
 }
 
-void check_names(Check& check, std::string_view variant, std::string_view format) {
-  const auto parsed = cpu::parse_variant(variant);
+template <class Call>
+void check_names(Check& check, const Call& call) {
+  const auto parsed = cpu::parse_variant(call.variant);
   check.require(parsed.has_value(),
-                "variant must be one of " + cpu::variant_names() + ", got " + quoted(variant));
+                "variant must be one of " + cpu::variant_names() + ", got " + quoted(call.variant));
   if (check.ok()) {
     const std::string reason = cpu::why_not(*parsed);
     check.require(reason.empty(), reason);
   }
-  check_format(check, format);
+  check_format(check, call.format);
+  check.require(cpu::parse_compute(call.compute).has_value(),
+                "compute must be one of " + cpu::compute_names() + ", got " + quoted(call.compute));
 }
 
 // cpu_avx512_bf16 exists for bf16 activations: with f32 ones it would be cpu_avx512, more slowly.
@@ -54,28 +57,30 @@ void check_dtype(Check& check, Variant variant, const ffi::AnyBuffer& x) {
                     "; use 'cpu_avx512' for f32 activations");
 }
 
-// The variant's tactic of this name; `out` is where results go.
-cpu::Tactic check_tactic(Check& check, std::string_view name, Variant variant,
+// The tactic of this name that the variant has for `compute`; `out` is where results go.
+cpu::Tactic check_tactic(Check& check, std::string_view name, Variant variant, cpu::Compute compute,
                          const ffi::AnyBuffer& x, const ffi::AnyBuffer& out) {
   const auto parsed = cpu::parse_tactic(name);
   std::string names;
   bool known = name.empty();
-  for (const cpu::Tactic tactic : cpu::named_tactics(*cpu::kernels(variant))) {
+  for (const cpu::Tactic tactic : cpu::named_tactics(*cpu::kernels(variant), compute)) {
     known = known || parsed == tactic;
     names += std::string(names.empty() ? "" : ", ") + cpu::tactic_name(tactic);
   }
-  check.require(known, "tactic must be '' or one of " + names + ", got " + quoted(name));
+  check.require(known, "tactic must be '' or one of " + names + " for compute='" +
+                           cpu::compute_name(compute) + "', got " + quoted(name));
   if (!known) return cpu::Tactic::kAuto;
-  check.require(
-      parsed != cpu::Tactic::kInteger || (x.element_type() == kBf16 && out.element_type() == kBf16),
-      "tactic 'integer' keeps 16 bits of x and needs bf16 x and results, got x " + describe(x) +
-          " and results " + describe(out) + "; use '', 'stream' or 'tiles' for f32");
+  const bool bf16 = x.element_type() == kBf16 && out.element_type() == kBf16;
+  check.require(parsed != cpu::Tactic::kInteger || compute == cpu::Compute::kW4a8 || bf16,
+                "tactic 'integer' keeps 16 bits of x and needs bf16 x and results, got x " +
+                    describe(x) + " and results " + describe(out) +
+                    "; use '', 'stream' or 'tiles' for f32");
   return *parsed;
 }
 
 ffi::Error moe_mlp(ffi::ThreadPool pool, const MoeMlpCall& call) {
   Check check("moe_mlp (cpu)");
-  check_names(check, call.variant, call.format);
+  check_names(check, call);
   check_activation(check, call.activation);
   check_sizes(check, call);
   if (!check.ok()) return check.error();
@@ -84,6 +89,7 @@ ffi::Error moe_mlp(ffi::ThreadPool pool, const MoeMlpCall& call) {
   const Variant chosen = *cpu::parse_variant(call.variant);
   args.kernels = cpu::kernels(chosen);
   args.format = *cpu::parse_format(call.format);
+  args.compute = *cpu::parse_compute(call.compute);
   args.activation = *cpu::parse_activation(call.activation);
   args.weight_on_input = call.weight_on_input;
   args.shape = {call.tokens(), call.hidden_size, call.intermediate_size, call.experts(),
@@ -92,12 +98,13 @@ ffi::Error moe_mlp(ffi::ThreadPool pool, const MoeMlpCall& call) {
                 cpu::gate_up_bytes(args.format, args.activation, args.shape),
                 cpu::down_bytes(args.format, args.shape));
   check_dtype(check, chosen, call.x);
-  args.tactic = check_tactic(check, call.tactic, chosen, call.x, call.out);
+  args.tactic = check_tactic(check, call.tactic, chosen, args.compute, call.x, call.out);
   if (!check.ok()) return check.error();
 
   args.dtype = dtype_of(call.x);
-  check_workspace(check, call.workspace,
-                  cpu::moe_mlp_workspace_bytes(*args.kernels, args.dtype, args.shape));
+  check_workspace(
+      check, call.workspace,
+      cpu::moe_mlp_workspace_bytes(*args.kernels, args.compute, args.dtype, args.shape));
   if (!check.ok()) return check.error();
 
   args.expert_offset = *data<const int32_t>(call.expert_offset);
@@ -121,7 +128,7 @@ ffi::Error moe_mlp(ffi::ThreadPool pool, const MoeMlpCall& call) {
 
 ffi::Error grouped_matmul(ffi::ThreadPool pool, const GroupedMatmulCall& call) {
   Check check("grouped_matmul (cpu)");
-  check_names(check, call.variant, call.format);
+  check_names(check, call);
   check_sizes(check, call);
   if (!check.ok()) return check.error();
 
@@ -129,10 +136,11 @@ ffi::Error grouped_matmul(ffi::ThreadPool pool, const GroupedMatmulCall& call) {
   const Variant chosen = *cpu::parse_variant(call.variant);
   args.kernels = cpu::kernels(chosen);
   args.format = *cpu::parse_format(call.format);
+  args.compute = *cpu::parse_compute(call.compute);
   check_buffers(check, call, {kF32, kBf16}, {kF32, kBf16},
                 cpu::grouped_matmul_bytes(args.format, call.n, call.k));
   check_dtype(check, chosen, call.x);
-  args.tactic = check_tactic(check, call.tactic, chosen, call.x, call.out);
+  args.tactic = check_tactic(check, call.tactic, chosen, args.compute, call.x, call.out);
   if (!check.ok()) return check.error();
 
   args.rows = call.rows();
@@ -161,9 +169,11 @@ constexpr auto handle_grouped_matmul = handle<GroupedMatmulCall, grouped_matmul>
 }  // namespace
 }  // namespace jaxmoe
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    jaxmoe_moe_mlp_cpu_v1, jaxmoe::handle_moe_mlp,
-    jaxmoe::moe_mlp_binding<xla::ffi::ThreadPool>().Attr<std::string_view>("tactic"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    jaxmoe_grouped_matmul_cpu_v1, jaxmoe::handle_grouped_matmul,
-    jaxmoe::grouped_matmul_binding<xla::ffi::ThreadPool>().Attr<std::string_view>("tactic"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_moe_mlp_cpu_v1, jaxmoe::handle_moe_mlp,
+                              jaxmoe::moe_mlp_binding<xla::ffi::ThreadPool>()
+                                  .Attr<std::string_view>("tactic")
+                                  .Attr<std::string_view>("compute"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_grouped_matmul_cpu_v1, jaxmoe::handle_grouped_matmul,
+                              jaxmoe::grouped_matmul_binding<xla::ffi::ThreadPool>()
+                                  .Attr<std::string_view>("tactic")
+                                  .Attr<std::string_view>("compute"));

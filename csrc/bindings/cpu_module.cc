@@ -40,8 +40,10 @@ nb::dict manifest() {
     entry["features"] = required_features(variant);
     entry["layout"] = "panel32";
     nb::dict tactics;
-    for (const Tactic tactic : named_tactics(*kernels(variant))) {
-      tactics[tactic_name(tactic)] = 0;  // bytes of shared memory, as GPU libraries state them
+    for (const Compute compute : kComputes) {
+      for (const Tactic tactic : named_tactics(*kernels(variant), compute)) {
+        tactics[tactic_name(tactic)] = 0;  // bytes of shared memory, as GPU libraries state them
+      }
     }
     entry["tactics"] = tactics;
     variants[variant_name(variant)] = entry;
@@ -66,23 +68,34 @@ Dtype dtype_of(const std::string& name) {
   throw nb::value_error(("x_dtype must be 'float32' or 'bfloat16', got '" + name + "'").c_str());
 }
 
+Compute compute_of(const std::string& name) {
+  const auto compute = parse_compute(name);
+  if (!compute)
+    throw nb::value_error(
+        ("compute must be one of " + compute_names() + ", got '" + name + "'").c_str());
+  return *compute;
+}
+
 // `gated` is taken so that every caller states it; the workspace holds activations, which are I
 // wide either way.
 int64_t moe_mlp_workspace(const std::string& op, int64_t tokens, int64_t hidden_size,
                           int64_t intermediate_size, int64_t num_experts, int64_t top_k,
-                          bool /*gated*/, const std::string& x_dtype, const std::string& variant) {
+                          bool /*gated*/, const std::string& x_dtype, const std::string& variant,
+                          const std::string& compute) {
   check_op(op, "moe_mlp");
   const MoeMlpShape shape = {
       at_least_zero("tokens", tokens), at_least_zero("hidden_size", hidden_size),
       at_least_zero("intermediate_size", intermediate_size),
       at_least_zero("num_experts", num_experts), at_least_zero("top_k", top_k)};
-  return moe_mlp_workspace_bytes(*kernels(built_variant(variant)), dtype_of(x_dtype), shape);
+  return moe_mlp_workspace_bytes(*kernels(built_variant(variant)), compute_of(compute),
+                                 dtype_of(x_dtype), shape);
 }
 
 // Every thread's scratch is its own; nothing is shared between phases.
 int64_t grouped_matmul_workspace(const std::string& op, int64_t rows, int64_t n, int64_t k,
                                  int64_t num_experts, int64_t num_groups,
-                                 const std::string& x_dtype, const std::string& variant) {
+                                 const std::string& x_dtype, const std::string& variant,
+                                 const std::string& compute) {
   check_op(op, "grouped_matmul");
   at_least_zero("rows", rows);
   at_least_zero("n", n);
@@ -91,6 +104,7 @@ int64_t grouped_matmul_workspace(const std::string& op, int64_t rows, int64_t n,
   at_least_zero("num_groups", num_groups);
   dtype_of(x_dtype);
   built_variant(variant);
+  compute_of(compute);
   return 0;
 }
 
@@ -118,8 +132,8 @@ NB_MODULE(_cpu, m) {
         "Runs a tiny problem; returns '' or what was wrong with the numbers.");
   m.def("workspace_bytes", &moe_mlp_workspace, "op"_a, nb::kw_only(), "tokens"_a, "hidden_size"_a,
         "intermediate_size"_a, "num_experts"_a, "top_k"_a, "gated"_a, "x_dtype"_a, "variant"_a,
-        "Bytes of moe_mlp's workspace output.");
+        "compute"_a, "Bytes of moe_mlp's workspace output.");
   m.def("workspace_bytes", &grouped_matmul_workspace, "op"_a, nb::kw_only(), "rows"_a, "n"_a, "k"_a,
-        "num_experts"_a, "num_groups"_a, "x_dtype"_a, "variant"_a,
+        "num_experts"_a, "num_groups"_a, "x_dtype"_a, "variant"_a, "compute"_a,
         "Bytes of grouped_matmul's workspace output.");
 }

@@ -36,6 +36,7 @@ struct MoeMlpCall {
   int64_t hidden_size, intermediate_size;
   bool weight_on_input;
   std::string_view tactic;
+  std::string_view compute = {};  // of the libraries that bind it
 
   int64_t tokens() const { return dimension(x, 0); }
   int64_t experts() const { return dimension(gate_up, 0); }
@@ -47,6 +48,7 @@ struct GroupedMatmulCall {
   std::string_view variant, format;
   int64_t n, k;
   std::string_view tactic;
+  std::string_view compute = {};  // as above
 
   int64_t rows() const { return dimension(x, 0); }
   int64_t experts() const { return dimension(w, 0); }

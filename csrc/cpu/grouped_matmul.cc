@@ -23,7 +23,9 @@ class GroupedMatmulJob : public Job {
         kernels_(kernels),
         zero_tasks_(zero_tasks(threads)),
         gemm_tasks_(gemm_tasks(threads)),
-        w_(args.format, args.n, args.k, false) {
+        w_(args.format, args.n, args.k, false),
+        rule_(segment_rule(kernels, args.compute, args.x_dtype,
+                           /*fixed=*/args.out_dtype == Dtype::kBf16, args.tactic)) {
     cut_groups();
     schedule_.build(segments_, w_.panels);
   }
@@ -52,10 +54,8 @@ class GroupedMatmulJob : public Job {
 
   // Sizes are data: negative ones count as zero, and groups end where the rows end.
   void cut_groups() {
-    SegmentRule rule = segment_rule(kernels_, args_.x_dtype,
-                                    /*fixed=*/args_.out_dtype == Dtype::kBf16, args_.tactic);
-    rule.max_rows_f32 = kMaxF32Rows;
-    rule.max_rows_tiles = kMaxSegmentRows;
+    rule_.max_rows_f32 = kMaxF32Rows;
+    rule_.max_rows = kMaxSegmentRows;
     int64_t row = 0;
     covered_begin_ = covered_end_ = 0;
     bool any = false;
@@ -66,7 +66,7 @@ class GroupedMatmulJob : public Job {
       if (expert >= 0 && expert < args_.num_experts) {
         if (!any) covered_begin_ = row;
         any = true;
-        append_segments(rule, expert, row, size, 0, segments_);
+        append_segments(rule_, expert, row, size, 0, segments_);
         covered_end_ = row + size;
       }
       row += size;
@@ -87,7 +87,7 @@ class GroupedMatmulJob : public Job {
 
   void multiply(const Segment& segment, int64_t begin, int64_t end, Scratch& scratch) const {
     const Matrix x = {args_.x, args_.x_dtype, args_.k};
-    const Operand a = gather(kernels_, segment, x, segment.first_row, nullptr, scratch);
+    const Operand a = gather(kernels_, rule_, segment, x, segment.first_row, nullptr, scratch);
     float* c = product_buffer(segment.rows, scratch);
     const float scale =
         args_.w_global[segment.expert] * kProductExponent[static_cast<int>(args_.format)];
@@ -118,6 +118,7 @@ class GroupedMatmulJob : public Job {
   const Kernels& kernels_;
   const int64_t zero_tasks_, gemm_tasks_;
   const PanelGeometry w_;
+  SegmentRule rule_;
   int64_t covered_begin_, covered_end_;  // rows of the local groups
   std::vector<Segment> segments_;
   UnitSchedule schedule_;

@@ -17,6 +17,7 @@ namespace jaxmoe::cpu {
 struct GroupedMatmulArgs {
   const Kernels* kernels = nullptr;  // that this machine can run
   Format format = Format::kNvfp4;
+  Compute compute = Compute::kW4a16;
   Dtype x_dtype = Dtype::kF32, out_dtype = Dtype::kF32;
   Tactic tactic = Tactic::kAuto;
   int64_t rows = 0, n = 0, k = 0, num_experts = 0, num_groups = 0;

@@ -72,6 +72,10 @@ struct Isa {
     sums[0] = (I)_mm256_add_epi32(high, low);
   }
 
+  static JAXMOE_INLINE void dot(const Weights (&weights)[1], const Int8Block& x, I (&sums)[1]) {
+    sums[0] = (I)_mm256_add_epi32(dot_bytes(weights[0], x.values), _mm256_set1_epi32(x.start));
+  }
+
   // Four sums of pairs stay within 16 bits: 4 * 2 * 24 * 128 < 2^15.
   static JAXMOE_INLINE __m256i dot_bytes(const Weights& weights, const int8_t* bytes) {
     __m256i sum = _mm256_setzero_si256();
@@ -187,6 +191,7 @@ constexpr Kernels make_table() {
   Kernels table;
   fill_f32<Isa>(table);
   fill_fixed<Isa>(table);
+  fill_int8<Isa>(table);
   return table;
 }
 

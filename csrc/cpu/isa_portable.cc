@@ -2,7 +2,7 @@
 #include <array>
 
 #include "cpu/epilogue.h"
-#include "cpu/kernel_f32.h"
+#include "cpu/kernel_fixed.h"
 
 namespace jaxmoe::cpu {
 namespace {
@@ -75,6 +75,7 @@ struct Isa {
 constexpr Kernels make_table() {
   Kernels table;
   fill_f32<Isa>(table);
+  table.round_int8 = &Int8<Isa>::round_all;
   return table;
 }
 

@@ -40,6 +40,13 @@ struct VnniIsa : Isa {
     sums[1] = (I)sum1;
   }
 
+  static JAXMOE_INLINE void dot(const Weights (&weights)[2], const Int8Block& x, I (&sums)[2]) {
+    __m512i sum0 = _mm512_set1_epi32(x.start), sum1 = sum0;
+    add(weights, x.values, sum0, sum1);
+    sums[0] = (I)sum0;
+    sums[1] = (I)sum1;
+  }
+
  private:
   static JAXMOE_INLINE void add(const Weights (&weights)[2], const int8_t* bytes, __m512i& sum0,
                                 __m512i& sum1) {

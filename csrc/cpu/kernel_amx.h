@@ -13,6 +13,7 @@ namespace {
 template <class Tiles>
 struct TileMultiply {
   using Half = Tiles;
+  static constexpr int kMaxInt8Rows = 8;  // of an expert; more are faster in the tiles
   static constexpr int kTileBytes = TileRows::kTileRows * TileRows::kRowBytes;
   static constexpr int kProductStride = kPanelLanes * 4;               // bytes
   static constexpr int kProducts = TileRows::kTileRows * kPanelLanes;  // of a tile of rows
@@ -185,6 +186,7 @@ struct TileMultiply {
 template <class Tiles>
 constexpr void fill_amx_kernels(Kernels& table) {
   fill_tiles<TileMultiply<Tiles>>(table);
+  table.max_int8_rows = TileMultiply<Tiles>::kMaxInt8Rows;
   table.enter = &Tiles::configure;
   table.leave = &Tiles::release;
 }

@@ -1,26 +1,48 @@
-// Panel x a few rows of 16-bit integers (decode): c[r][lane] = sum_k a[r][k] * scale * e2m1(lane,
-// k).
+// Panel x rows of integers: c[r][lane] = sum_k a[r][k] * scale * e2m1(lane, k). 16-bit integers for
+// a few rows (decode), 8-bit ones for any number (compute="w4a8").
 //
-// The panel is read once, from memory, with software prefetch. A byte shuffle turns codes into the
-// unsigned bytes 2 e2m1 + 12; integer dot products take four of them at a time against the upper
-// and the lower bytes of the row, which leaves sixteen products exact in 32 bits. Only then come
-// the power of two of the row's block and the scale of the weights' block, in f32.
+// A pass of a few rows reads the panel once, from memory if it is the first, with software
+// prefetch. A byte shuffle turns codes into the unsigned bytes 2 e2m1 + 12; integer dot products
+// take four of them at a time against the upper and the lower bytes of the row, or against its only
+// bytes, which leaves sixteen products exact in 32 bits. Only then come the power of two of the
+// row's block and the scale of the weights' block, in f32. More rows take more passes: the shuffles
+// run beside the products, and decoding a panel once for all rows saves nothing.
 //
 // Isa provides, beside what kernel_f32.h asks for: Weights, load_weights (16 k x kWidth lanes), dot
-// for kVectorsTogether of them, and kMaxFixedRows, up to which this is faster than its other
-// kernels.
+// for kVectorsTogether of them and either kind of block, and kMaxFixedRows, up to which 16-bit
+// integers are faster than its other kernels.
 #ifndef JAXMOE_CSRC_CPU_KERNEL_FIXED_H_
 #define JAXMOE_CSRC_CPU_KERNEL_FIXED_H_
+
+#include <type_traits>
 
 #include "cpu/kernel_f32.h"
 
 namespace jaxmoe::cpu {
 
-template <class Isa, Format kFormat>
+// What is left to do for a vector of integer sums over sixteen k, and how two of them add up.
+template <class Isa>
+struct IntegerSums {
+  using F = typename Isa::F;
+  using I = typename Isa::I;
+  using M = Math<Isa>;
+
+  static JAXMOE_INLINE F value(I sum, const FixedBlock& x) {
+    return __builtin_convertvector(sum, F) * x.scale;
+  }
+  static JAXMOE_INLINE F add(I sum, const FixedBlock& x, F other) {
+    return Isa::fma(__builtin_convertvector(sum, F), M::splat(x.scale), other);
+  }
+  static JAXMOE_INLINE F value(I sum, const Int8Block& x) { return (F)sum - M::splat(x.offset); }
+  static JAXMOE_INLINE F add(I sum, const Int8Block& x, F other) { return value(sum, x) + other; }
+};
+
+template <class Isa, Format kFormat, class Block>
 struct PanelFixed {
   using F = typename Isa::F;
   using I = typename Isa::I;
   using M = Math<Isa>;
+  using Sums = IntegerSums<Isa>;
   using Scale = BlockScale<Isa, kFormat>;
 
   static constexpr int kWidth = Isa::kWidth;
@@ -32,27 +54,34 @@ struct PanelFixed {
   static constexpr int kGroupBytes = kPanelLanes * 4;  // eight k of all lanes
   // Vectors of lanes that share a broadcast of the row.
   static constexpr int kTogether = Isa::kVectorsTogether;
-  static constexpr int kPassRows = 4;
+  // As many as leave the sums of two vectors of lanes in 32 registers.
+  static constexpr int kPassRows = std::is_same_v<Block, FixedBlock> ? 4 : 8;
 
-  static void run(const uint8_t* panel, int64_t superblocks, const FixedRows& a, int rows,
+  static void run(const uint8_t* panel, int64_t superblocks, const BlockRows<Block>& a, int rows,
                   float* c) {
-    static constexpr Function kPass[kPassRows + 1] = {nullptr, &pass<1>, &pass<2>, &pass<3>,
-                                                      &pass<4>};
-    const int passes = (rows + kPassRows - 1) / kPassRows;
-    for (int p = 0; p < passes; ++p) {
-      const int begin = rows * p / passes, end = rows * (p + 1) / passes;
-      kPass[end - begin](panel, superblocks, {a.data + begin * a.blocks, a.blocks},
-                         c + begin * kPanelLanes);
+    static constexpr Table kPass = passes(std::make_integer_sequence<int, kPassRows>{});
+    const int count = (rows + kPassRows - 1) / kPassRows;
+    for (int p = 0; p < count; ++p) {
+      const int begin = rows * p / count, end = rows * (p + 1) / count;
+      kPass.of[end - begin](panel, superblocks, {a.data + begin * a.blocks, a.blocks},
+                            c + begin * kPanelLanes);
     }
   }
 
  private:
-  using Function = void (*)(const uint8_t*, int64_t, const FixedRows&, float*);
+  using Function = void (*)(const uint8_t*, int64_t, const BlockRows<Block>&, float*);
+  struct Table {
+    Function of[kPassRows + 1];
+  };
+  template <int... kRows>
+  static constexpr Table passes(std::integer_sequence<int, kRows...>) {
+    return {{nullptr, &pass<kRows + 1>...}};
+  }
 
   template <int kRows>
-  static void pass(const uint8_t* panel, int64_t superblocks, const FixedRows& a, float* c) {
+  static void pass(const uint8_t* panel, int64_t superblocks, const BlockRows<Block>& a, float* c) {
     F sums[kVectors][kRows] = {};
-    const FixedBlock* blocks = a.data;
+    const Block* blocks = a.data;
     for (int64_t s = 0; s < superblocks; ++s, panel += kBytes) {
       for (int i = 0; i < kBytes; i += 64) {
         __builtin_prefetch(panel + PanelF32<Isa, kFormat>::kPrefetchBytes + i);
@@ -70,23 +99,22 @@ struct PanelFixed {
               weights[v] = Isa::load_weights(codes + half * 2 * kGroupBytes + (v0 + v) * kWidth * 4,
                                              kGroupBytes);
             }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) {
-              const FixedBlock& x = blocks[r * a.blocks + half];
+              const Block& x = blocks[r * a.blocks + half];
               I products[kTogether];
               Isa::dot(weights, x, products);
 #pragma GCC unroll 2
               for (int v = 0; v < kTogether; ++v) {
-                const F values = __builtin_convertvector(products[v], F);
                 partial[v][r] =
-                    half ? Isa::fma(values, M::splat(x.scale), partial[v][r]) : values * x.scale;
+                    half ? Sums::add(products[v], x, partial[v][r]) : Sums::value(products[v], x);
               }
             }
           }
 #pragma GCC unroll 2
           for (int v = 0; v < kTogether; ++v) {
             const Scale scale(panel + b * kPanelLanes + (v0 + v) * kWidth);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) {
               sums[v0 + v][r] = scale.accumulate(partial[v][r], sums[v0 + v][r]);
             }
@@ -100,60 +128,47 @@ struct PanelFixed {
   }
 };
 
-// The power of two leaves the largest of the sixteen values its upper 15 bits at least. A block
-// with an infinity or a NaN is NaN.
+// Plain loops, which compilers turn into a few vector instructions each.
 template <class Isa>
-struct Fixed {
-  static void pack(const float* values, int64_t n, FixedBlock* blocks) {
-    for (int64_t i = 0; i < n; i += FixedBlock::kValues) {
-      pack_block(values + i, blocks[i / FixedBlock::kValues]);
-    }
-  }
-
- private:
-  static constexpr int32_t kInfinity = 0x7f800000;
+struct SixteenFloats {
+  static constexpr int kCount = FixedBlock::kValues;
   static constexpr int32_t kNan = 0x7fc00000;
-  // Of the exponent: keeps the power of two and its inverse normal numbers.
-  static constexpr int32_t kSmallest = 16;
-  // Magnitudes that would round to 32640 or more, whose upper byte would be 128, get the next
-  // power.
-  static constexpr int32_t kRoom = 0x800000 - 0x7efe01;
 
-  // Plain loops, which compilers turn into a few vector instructions each.
-  static JAXMOE_INLINE void pack_block(const float* values, FixedBlock& block) {
-    constexpr int kCount = FixedBlock::kValues;
+  static JAXMOE_INLINE float from_bits(int32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+  // The bits of the largest magnitude.
+  static JAXMOE_INLINE int32_t largest(const float* values) {
     int32_t bits[kCount];
-    uint32_t integers[kCount], sum = 0;  // wrapping, for what a NaN leaves here
     std::memcpy(bits, values, sizeof(bits));
-    int32_t largest = 0;
+    int32_t most = 0;
     for (int i = 0; i < kCount; ++i) {
       const int32_t magnitude = bits[i] & 0x7fffffff;
-      largest = magnitude > largest ? magnitude : largest;
+      most = magnitude > most ? magnitude : most;
     }
-    int32_t exponent = (largest + kRoom) >> 23;
-    exponent = exponent < kSmallest ? kSmallest : exponent;
-    const float inverse = from_bits((268 - exponent) << 23);
+    return most;
+  }
+  // The biased exponent of a magnitude, at least `smallest`; that of the next power of two where
+  // less than `room` is left to it.
+  static JAXMOE_INLINE int32_t exponent(int32_t magnitude, int32_t room, int32_t smallest) {
+    const uint32_t bits = static_cast<uint32_t>(magnitude) + static_cast<uint32_t>(room);
+    const int32_t result = static_cast<int32_t>(bits >> 23);
+    return result < smallest ? smallest : result;
+  }
+  // The nearest integers to the values times `inverse`, and their sum; wrapping, for what a NaN
+  // leaves here.
+  static JAXMOE_INLINE uint32_t round(const float* values, float inverse, uint32_t* integers) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
+    uint32_t sum = 0;
     for (int i = 0; i < kCount; ++i) {
       const float shifted = values[i] * inverse + magic;
       std::memcpy(&integers[i], &shifted, sizeof(shifted));
       integers[i] -= 0x4b400000u;
     }
     for (int i = 0; i < kCount; ++i) sum += integers[i];
-    int8_t low[kCount], high[kCount];
-    for (int i = 0; i < kCount; ++i) low[i] = static_cast<int8_t>(integers[i]);
-    for (int i = 0; i < kCount; ++i) high[i] = static_cast<int8_t>((integers[i] + 128) >> 8);
-    order(low, block.low);
-    order(high, block.high);
-    // Half of it, for the doubled weights.
-    block.scale = from_bits(largest >= kInfinity ? kNan : (exponent - 15) << 23);
-    block.correction = static_cast<int32_t>(0u - 12u * sum);
-  }
-
-  static JAXMOE_INLINE float from_bits(int32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
+    return sum;
   }
   static JAXMOE_INLINE void order(const int8_t* from, int8_t* to) {
     typedef int8_t Bytes __attribute__((vector_size(16)));
@@ -164,12 +179,104 @@ struct Fixed {
   }
 };
 
+// The power of two leaves the largest of the sixteen values its upper 15 bits at least. A block
+// with an infinity or a NaN is NaN.
+template <class Isa>
+struct Fixed {
+  using Sixteen = SixteenFloats<Isa>;
+  static constexpr int kCount = Sixteen::kCount;
+
+  static void pack(const float* values, int64_t n, FixedBlock* blocks) {
+    for (int64_t i = 0; i < n; i += kCount) pack_block(values + i, blocks[i / kCount]);
+  }
+
+ private:
+  static constexpr int32_t kInfinity = 0x7f800000;
+  // Of the exponent: keeps the power of two and its inverse normal numbers.
+  static constexpr int32_t kSmallest = 16;
+  // Magnitudes that would round to 32640 or more, whose upper byte would be 128, get the next
+  // power.
+  static constexpr int32_t kRoom = 0x800000 - 0x7efe01;
+
+  static JAXMOE_INLINE void pack_block(const float* values, FixedBlock& block) {
+    const int32_t largest = Sixteen::largest(values);
+    const int32_t exponent = Sixteen::exponent(largest, kRoom, kSmallest);
+    uint32_t integers[kCount];
+    const uint32_t sum =
+        Sixteen::round(values, Sixteen::from_bits((268 - exponent) << 23), integers);
+    int8_t low[kCount], high[kCount];
+    for (int i = 0; i < kCount; ++i) low[i] = static_cast<int8_t>(integers[i]);
+    for (int i = 0; i < kCount; ++i) high[i] = static_cast<int8_t>((integers[i] + 128) >> 8);
+    Sixteen::order(low, block.low);
+    Sixteen::order(high, block.high);
+    // Half of it, for the doubled weights.
+    block.scale = Sixteen::from_bits(largest >= kInfinity ? Sixteen::kNan : (exponent - 15) << 23);
+    block.correction = static_cast<int32_t>(0u - 12u * sum);
+  }
+};
+
+// As Int8Block says.
+template <class Isa>
+struct Int8 {
+  using Sixteen = SixteenFloats<Isa>;
+  static constexpr int kCount = Sixteen::kCount;
+
+  static void pack(const float* values, int64_t n, Int8Block* blocks) {
+    for (int64_t i = 0; i < n; i += kCount) pack_block(values + i, blocks[i / kCount]);
+  }
+  static void round_all(float* values, int64_t n) {
+    for (int64_t i = 0; i < n; i += kCount) round_block(values + i);
+  }
+
+ private:
+  // e is the biased exponent less 133. With the largest the offset is just finite.
+  static constexpr int32_t kSmallest = 8, kLargest = 237;
+  static constexpr int32_t kRoom = 0x800000 - 0x7f0000;  // from 127.5 units on
+
+  static JAXMOE_INLINE void pack_block(const float* values, Int8Block& block) {
+    const int32_t exponent = Sixteen::exponent(Sixteen::largest(values), kRoom, kSmallest);
+    uint32_t integers[kCount];
+    const uint32_t sum =
+        Sixteen::round(values, Sixteen::from_bits((260 - exponent) << 23), integers);
+    int8_t bytes[kCount];
+    for (int i = 0; i < kCount; ++i) bytes[i] = static_cast<int8_t>(integers[i]);
+    Sixteen::order(bytes, block.values);
+    const int32_t offset = exponent > kLargest ? Sixteen::kNan : ((exponent + 16) << 23) | 0x400000;
+    block.offset = Sixteen::from_bits(offset);
+    block.start = static_cast<int32_t>(static_cast<uint32_t>(offset) - 12u * sum);
+  }
+
+  static JAXMOE_INLINE void round_block(float* values) {
+    const int32_t exponent = Sixteen::exponent(Sixteen::largest(values), kRoom, kSmallest);
+    uint32_t integers[kCount];
+    Sixteen::round(values, Sixteen::from_bits((260 - exponent) << 23), integers);
+    const float unit =
+        Sixteen::from_bits(exponent > kLargest ? Sixteen::kNan : (exponent - 6) << 23);
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = static_cast<float>(static_cast<int32_t>(integers[i])) * unit;
+    }
+  }
+};
+
 template <class Isa>
 constexpr void fill_fixed(Kernels& table) {
-  table.panel_fixed[static_cast<int>(Format::kNvfp4)] = &PanelFixed<Isa, Format::kNvfp4>::run;
-  table.panel_fixed[static_cast<int>(Format::kMxfp4)] = &PanelFixed<Isa, Format::kMxfp4>::run;
+  constexpr int kNvfp4 = static_cast<int>(Format::kNvfp4),
+                kMxfp4 = static_cast<int>(Format::kMxfp4);
+  table.panel_fixed[kNvfp4] = &PanelFixed<Isa, Format::kNvfp4, FixedBlock>::run;
+  table.panel_fixed[kMxfp4] = &PanelFixed<Isa, Format::kMxfp4, FixedBlock>::run;
   table.max_fixed_rows = Isa::kMaxFixedRows;
   table.pack_fixed = &Fixed<Isa>::pack;
+}
+
+template <class Isa>
+constexpr void fill_int8(Kernels& table) {
+  constexpr int kNvfp4 = static_cast<int>(Format::kNvfp4),
+                kMxfp4 = static_cast<int>(Format::kMxfp4);
+  table.panel_int8[kNvfp4] = &PanelFixed<Isa, Format::kNvfp4, Int8Block>::run;
+  table.panel_int8[kMxfp4] = &PanelFixed<Isa, Format::kMxfp4, Int8Block>::run;
+  table.max_int8_rows = kAnyRows;
+  table.pack_int8 = &Int8<Isa>::pack;
+  table.round_int8 = &Int8<Isa>::round_all;
 }
 
 // 2 e2m1 + 12 by code.

@@ -223,6 +223,7 @@ template <class Multiply>
 constexpr void fill_tiles(Kernels& table) {
   fill_f32<Isa>(table);
   fill_fixed<VnniIsa>(table);
+  fill_int8<VnniIsa>(table);
   table.panel_tiles[static_cast<int>(Format::kNvfp4)] = &PanelTiles<Format::kNvfp4, Multiply>::run;
   table.panel_tiles[static_cast<int>(Format::kMxfp4)] = &PanelTiles<Format::kMxfp4, Multiply>::run;
   table.pack_tile_f32 = &pack_tile_f32;

@@ -2,10 +2,12 @@
 
 namespace jaxmoe::cpu {
 
-std::vector<Tactic> named_tactics(const Kernels& table) {
+std::vector<Tactic> named_tactics(const Kernels& table, Compute compute) {
+  const bool integers =
+      compute == Compute::kW4a8 ? table.panel_int8[0] != nullptr : table.panel_fixed[0] != nullptr;
   std::vector<Tactic> found;
   for (const Tactic tactic : kNamedTactics) {
-    if (tactic != Tactic::kInteger || table.panel_fixed[0]) found.push_back(tactic);
+    if (tactic != Tactic::kInteger || integers) found.push_back(tactic);
   }
   return found;
 }

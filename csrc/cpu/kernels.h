@@ -8,6 +8,7 @@
 #define JAXMOE_CSRC_CPU_KERNELS_H_
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "cpu/types.h"
@@ -54,11 +55,36 @@ struct FixedBlock {
   static constexpr int kValues = 16;
 };
 
-// Rows of FixedBlock, one after the other.
-struct FixedRows {
-  const FixedBlock* data = nullptr;
+// Sixteen values as compute="w4a8" multiplies them, in the order of FixedBlock. This is the whole
+// of what that arithmetic rounds: rows of x before the first product, and of the activation's f32
+// output before the second, are cut along k into blocks of 16 values and become q 2^e, where
+//
+//   e  is the least integer, but -125 or more, for which no q is beyond 127
+//   q  is x 2^-e, rounded to the nearest integer, ties to even
+//
+// A block of zeros, or of magnitudes below 2^-126, is zeros. A block with a NaN, an infinity or a
+// magnitude of 127.5 * 2^104 or more is NaN, and makes its row NaN. Weights stay exact and sums are
+// f32; the order of the sums is all that variants differ in.
+//
+// Why 16: an NVFP4 scale ends a sum of integers there anyway, and a gated panel yields 16 columns
+// of the activation, so that who computed them can round them. Why a power of two: it costs no
+// multiplication. The sum of integers starts at the bits of 1.5 * 2^(23 + e), which makes it the
+// bits of 1.5 * 2^(23 + e) + sum * 2^e; one subtraction leaves the product. And q 2^e is exact
+// in bf16, so that kernels for bf16 or f32 can multiply the same numbers.
+struct Int8Block {
+  int8_t values[16];
+  float offset;   // 1.5 * 2^(22 + e), e - 1 because weights are doubled; or NaN
+  int32_t start;  // its bits - 12 times the sum of the values, as the correction of FixedBlock
+};
+
+// Rows of blocks, one after the other.
+template <class Block>
+struct BlockRows {
+  const Block* data = nullptr;
   int64_t blocks = 0;  // of a row
 };
+using FixedRows = BlockRows<FixedBlock>;
+using Int8Rows = BlockRows<Int8Block>;
 
 // Planes of bf16 that hold a value of this type exactly.
 constexpr int tile_planes(Dtype dtype) { return dtype == Dtype::kF32 ? 3 : 1; }
@@ -95,6 +121,13 @@ struct Kernels {
   PanelFixed panel_fixed[kNumFormats] = {};
   int max_fixed_rows = 0;  // an expert with more is faster otherwise
 
+  // The same on 8-bit integers, for compute="w4a8"; null where the variant has none.
+  using PanelInt8 = void (*)(const uint8_t* panel, int64_t superblocks, const Int8Rows& a, int rows,
+                             float* c);
+  PanelInt8 panel_int8[kNumFormats] = {};
+  // An expert with more goes through other kernels, its rows rounded to the same numbers.
+  int max_int8_rows = 0;
+
   // The same on bf16 tiles; null where f32 kernels do this. `c` has room for rows rounded up to
   // whole tiles. Streamed rows may be one tile without padding rows; decoded weights meet whole
   // tiles.
@@ -111,6 +144,10 @@ struct Kernels {
 
   // The n values, a multiple of 16, as n / 16 blocks.
   void (*pack_fixed)(const float* values, int64_t n, FixedBlock* blocks) = nullptr;
+
+  // The same as blocks of 8-bit integers; or as these blocks' values, in place.
+  void (*pack_int8)(const float* values, int64_t n, Int8Block* blocks) = nullptr;
+  void (*round_int8)(float* values, int64_t n) = nullptr;
 
   // Gated: c[r][0..15] = act(gate lanes, up lanes); else c[r][0..31] = act(c[r]). In place.
   void (*activate)(const ActivationCall& call, float* c, int rows) = nullptr;
@@ -129,13 +166,16 @@ struct Kernels {
   static constexpr int kDecodedFloats = 256 * 32;
 };
 
+// A limit on the rows of an expert that is none.
+inline constexpr int kAnyRows = std::numeric_limits<int>::max();
+
 inline constexpr float kProductExponent[kNumFormats] = {256.0f, 1.0f};
 
 // Null where the variant is not compiled into this library.
 const Kernels* kernels(Variant variant);
 
-// The tactics by name that a table has kernels for.
-std::vector<Tactic> named_tactics(const Kernels& table);
+// The tactics by name that a table has kernels for in this arithmetic.
+std::vector<Tactic> named_tactics(const Kernels& table, Compute compute);
 
 // One translation unit each, compiled for its instruction set. The tables are constants: code of
 // such a unit, be it what fills a table, may have instructions that the machine lacks.

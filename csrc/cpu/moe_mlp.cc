@@ -26,20 +26,21 @@ constexpr int64_t kSumBytes = int64_t{2} << 20;
 // Below this many multiplications, waking helpers costs more than they bring.
 constexpr int64_t kMinParallelWork = int64_t{1} << 18;
 
-SegmentRule rule_for(const Kernels& kernels, Dtype dtype, Tactic tactic, const MoeMlpShape& shape) {
+SegmentRule rule_for(const Kernels& kernels, Compute compute, Dtype dtype, Tactic tactic,
+                     const MoeMlpShape& shape) {
   const int64_t row_bytes = round_up(shape.hidden_size, kSuperblockK) * 4;
   const int64_t fitting =
       kSegmentBytes / std::max<int64_t>(row_bytes, 1) / TileRows::kTileRows * TileRows::kTileRows;
-  SegmentRule rule = segment_rule(kernels, dtype, /*fixed=*/true, tactic);
+  SegmentRule rule = segment_rule(kernels, compute, dtype, /*fixed=*/true, tactic);
   rule.max_rows_f32 =
       static_cast<int>(std::clamp<int64_t>(fitting, kMinSegmentRows, kMaxSegmentRows));
-  rule.max_rows_tiles = kMaxSegmentRows;
+  rule.max_rows = kMaxSegmentRows;
   rule.hidden_columns = round_up(shape.intermediate_size, kSuperblockK);
   return rule;
 }
 
 int64_t chunk_tokens(const SegmentRule& rule, const MoeMlpShape& shape) {
-  const int64_t row_bytes = rule.row_bytes(rule.form(rule.tactic));
+  const int64_t row_bytes = rule.row_bytes(rule.form_of_many());
   const int64_t token_bytes = std::max<int64_t>(row_bytes * shape.top_k, 1);
   // The workspace has room for every tactic, and must not grow for one that is hardly ever asked
   // for.
@@ -60,7 +61,7 @@ class MoeMlpJob : public Job {
         args_(args),
         kernels_(kernels),
         gated_(activation_info(args.activation).gated),
-        rule_(rule_for(kernels, args.dtype, args.tactic, args.shape)),
+        rule_(rule_for(kernels, args.compute, args.dtype, args.tactic, args.shape)),
         chunk_(chunk_tokens(rule_, args.shape)),
         gate_up_tasks_(gate_up_tasks(chunk_, threads)),
         group_panels_(group_panels(args.shape, chunk_, threads)),
@@ -110,7 +111,7 @@ class MoeMlpJob : public Job {
   static std::vector<int64_t> phase_tasks(const MoeMlpArgs& args, const Kernels& kernels,
                                           int threads) {
     const MoeMlpShape& shape = args.shape;
-    const SegmentRule rule = rule_for(kernels, args.dtype, args.tactic, shape);
+    const SegmentRule rule = rule_for(kernels, args.compute, args.dtype, args.tactic, shape);
     const int64_t chunk = chunk_tokens(rule, shape);
     const int64_t groups =
         ceil_div(ceil_div(shape.hidden_size, kPanelLanes), group_panels(shape, chunk, threads));
@@ -140,8 +141,11 @@ class MoeMlpJob : public Job {
     return {hidden_ + segment.hidden_offset, down_.padded_k() / TileRows::kTileK, rule_.planes,
             segment.tile_rows};
   }
-  FixedBlock* hidden_blocks(const Segment& segment) const {
-    return reinterpret_cast<FixedBlock*>(hidden_ + segment.hidden_offset);
+  // From block `first` of row `row` on.
+  template <class Block>
+  Block* hidden_blocks(const Segment& segment, int row = 0, int64_t first = 0) const {
+    return reinterpret_cast<Block*>(hidden_ + segment.hidden_offset) + row * blocks_per_row() +
+           first;
   }
   int64_t blocks_per_row() const { return down_.padded_k() / FixedBlock::kValues; }
   float* hidden_rows(const Segment& segment) const {
@@ -152,7 +156,7 @@ class MoeMlpJob : public Job {
                Scratch& scratch) const {
     const MoeMlpShape& shape = args_.shape;
     const Matrix x = {args_.x, args_.dtype, shape.hidden_size};
-    const Operand a = gather(kernels_, segment, x, first_token,
+    const Operand a = gather(kernels_, rule_, segment, x, first_token,
                              pairs_.tokens.data() + segment.first_row, scratch);
     float* c = product_buffer(segment.rows, scratch);
     float bias[kPanelLanes] = {};
@@ -190,19 +194,22 @@ class MoeMlpJob : public Job {
 
   int lanes_per_panel() const { return gated_ ? kPanelLanes / 2 : kPanelLanes; }
 
-  void store_hidden(const Segment& segment, int64_t panel, const float* c) const {
+  void store_hidden(const Segment& segment, int64_t panel, float* c) const {
     const int width = lanes_per_panel();
-    const int64_t column = panel * width;
+    const int64_t column = panel * width, block = column / FixedBlock::kValues;
+    const bool round = rule_.round_int8 && segment.form != RowForm::kInt8;
     for (int r = 0; r < segment.rows; ++r, c += kPanelLanes) {
+      if (round) kernels_.round_int8(c, width);
       switch (segment.form) {
         case RowForm::kF32:
           std::memcpy(hidden_rows(segment) + r * down_.padded_k() + column, c,
                       width * sizeof(float));
           break;
         case RowForm::kFixed:
-          kernels_.pack_fixed(
-              c, width,
-              hidden_blocks(segment) + r * blocks_per_row() + column / FixedBlock::kValues);
+          kernels_.pack_fixed(c, width, hidden_blocks<FixedBlock>(segment, r, block));
+          break;
+        case RowForm::kInt8:
+          kernels_.pack_int8(c, width, hidden_blocks<Int8Block>(segment, r, block));
           break;
         case RowForm::kTiles:
           kernels_.pack_tile_f32(c, width, hidden_tiles(segment), r, column);
@@ -213,16 +220,27 @@ class MoeMlpJob : public Job {
 
   void pad_hidden(const Segment& segment) const {
     const int64_t written = gate_up_.panels * lanes_per_panel();
-    if (segment.form == RowForm::kTiles)
-      return zero_tile_padding(hidden_tiles(segment), segment.rows, written);
+    switch (segment.form) {
+      case RowForm::kF32:
+        for (int r = 0; r < segment.rows; ++r) {
+          float* row = hidden_rows(segment) + r * down_.padded_k();
+          std::fill(row + written, row + down_.padded_k(), 0.0f);
+        }
+        return;
+      case RowForm::kFixed:
+        return pad_blocks<FixedBlock>(segment, written / FixedBlock::kValues);
+      case RowForm::kInt8:
+        return pad_blocks<Int8Block>(segment, written / FixedBlock::kValues);
+      case RowForm::kTiles:
+        return zero_tile_padding(hidden_tiles(segment), segment.rows, written);
+    }
+  }
+
+  template <class Block>
+  void pad_blocks(const Segment& segment, int64_t written) const {
     for (int r = 0; r < segment.rows; ++r) {
-      if (segment.form == RowForm::kF32) {
-        float* row = hidden_rows(segment) + r * down_.padded_k();
-        std::fill(row + written, row + down_.padded_k(), 0.0f);
-      } else {
-        FixedBlock* row = hidden_blocks(segment) + r * blocks_per_row();
-        std::fill(row + written / FixedBlock::kValues, row + blocks_per_row(), FixedBlock{});
-      }
+      std::fill(hidden_blocks<Block>(segment, r, written), hidden_blocks<Block>(segment, r + 1),
+                Block{});
     }
   }
 
@@ -243,7 +261,8 @@ class MoeMlpJob : public Job {
     Operand a;
     a.form = segment.form;
     a.streamed = segment.streamed;
-    a.fixed = {hidden_blocks(segment), blocks_per_row()};
+    a.fixed = {hidden_blocks<FixedBlock>(segment), blocks_per_row()};
+    a.int8 = {hidden_blocks<Int8Block>(segment), blocks_per_row()};
     a.tiles = hidden_tiles(segment);
     return a;
   }
@@ -324,12 +343,16 @@ int64_t down_bytes(Format format, const MoeMlpShape& shape) {
   return PanelGeometry(format, shape.hidden_size, shape.intermediate_size, false).expert_bytes;
 }
 
-int64_t moe_mlp_workspace_bytes(const Kernels& kernels, Dtype dtype, const MoeMlpShape& shape) {
-  int64_t bytes = workspace_bytes(rule_for(kernels, dtype, Tactic::kAuto, shape), shape);
-  for (const Tactic tactic : named_tactics(kernels)) {
-    bytes = std::max(bytes, workspace_bytes(rule_for(kernels, dtype, tactic, shape), shape));
+int64_t moe_mlp_workspace_bytes(const Kernels& kernels, Compute compute, Dtype dtype,
+                                const MoeMlpShape& shape) {
+  const auto bytes = [&](Tactic tactic) {
+    return workspace_bytes(rule_for(kernels, compute, dtype, tactic, shape), shape);
+  };
+  int64_t most = bytes(Tactic::kAuto);
+  for (const Tactic tactic : named_tactics(kernels, compute)) {
+    most = std::max(most, bytes(tactic));
   }
-  return bytes;
+  return most;
 }
 
 bool moe_mlp(const MoeMlpArgs& args, Executor* executor) {

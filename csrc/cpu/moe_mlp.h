@@ -27,6 +27,7 @@ struct MoeMlpShape {
 struct MoeMlpArgs {
   const Kernels* kernels = nullptr;  // that this machine can run
   Format format = Format::kNvfp4;
+  Compute compute = Compute::kW4a16;
   Activation activation = Activation::kSwiglu;
   Dtype dtype = Dtype::kF32;  // of x and out
   Tactic tactic = Tactic::kAuto;
@@ -53,7 +54,8 @@ int64_t gate_up_bytes(Format format, Activation activation, const MoeMlpShape& s
 int64_t down_bytes(Format format, const MoeMlpShape& shape);
 
 // Enough for every tactic.
-int64_t moe_mlp_workspace_bytes(const Kernels& kernels, Dtype dtype, const MoeMlpShape& shape);
+int64_t moe_mlp_workspace_bytes(const Kernels& kernels, Compute compute, Dtype dtype,
+                                const MoeMlpShape& shape);
 
 // False if memory for a thread's scratch ran out. The arguments must be consistent (the handler
 // checks them) and this machine must be able to run the variant.

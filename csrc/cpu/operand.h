@@ -27,13 +27,14 @@ struct Operand {
   bool streamed = false;  // else the weights are decoded into L1; of kF32 and kTiles
   const float* const* rows = nullptr;
   FixedRows fixed;
+  Int8Rows int8;
   TileRows tiles;
 };
 
 // Row i of the operand is row first + i of x, or row first + indices[i], for the rows of the
 // segment. The result lives in `scratch` (slots kInput, kPointers and kWide), or in x itself.
-Operand gather(const Kernels& kernels, const Segment& segment, const Matrix& x, int64_t first,
-               const int32_t* indices, Scratch& scratch);
+Operand gather(const Kernels& kernels, const SegmentRule& rule, const Segment& segment,
+               const Matrix& x, int64_t first, const int32_t* indices, Scratch& scratch);
 
 // The segment's rows, dense in f32, `stride` floats apart.
 Operand dense_rows(const float* data, int64_t stride, const Segment& segment, Scratch& scratch);

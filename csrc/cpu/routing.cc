@@ -14,16 +14,18 @@ constexpr int64_t kDecodeRows = 6;
 
 Tactic SegmentRule::choose(int64_t rows) const {
   if (tactic != Tactic::kAuto) return tactic;
-  return rows <= max_fixed_rows    ? Tactic::kInteger
+  return rows <= max_integer_rows  ? Tactic::kInteger
          : rows <= max_stream_rows ? Tactic::kStream
                                    : Tactic::kTiles;
 }
 
 RowForm SegmentRule::form(Tactic chosen) const {
-  return chosen == Tactic::kInteger  ? RowForm::kFixed
+  return chosen == Tactic::kInteger  ? integer_form
          : chosen == Tactic::kStream ? stream_form
                                      : tiles_form;
 }
+
+RowForm SegmentRule::form_of_many() const { return form(choose(kAnyRows)); }
 
 int64_t SegmentRule::row_bytes(RowForm rows) const {
   switch (rows) {
@@ -31,6 +33,8 @@ int64_t SegmentRule::row_bytes(RowForm rows) const {
       return hidden_columns * 4;
     case RowForm::kFixed:
       return round_up(hidden_columns / FixedBlock::kValues * int64_t{sizeof(FixedBlock)}, 64);
+    case RowForm::kInt8:
+      return round_up(hidden_columns / FixedBlock::kValues * int64_t{sizeof(Int8Block)}, 64);
     case RowForm::kTiles:
       break;
   }
@@ -45,7 +49,7 @@ int64_t SegmentRule::hidden_bytes(const Segment& segment) const {
 
 int64_t SegmentRule::hidden_bytes_bound(int64_t rows, int64_t experts) const {
   const bool any = tactic == Tactic::kAuto;
-  const RowForm many = form(tactic);  // the form of kTiles for kAuto
+  const RowForm many = form_of_many();
   const int64_t bytes = row_bytes(many);
   int64_t bound = rows * bytes;
   // What experts with few rows take more in their own forms.
@@ -53,24 +57,32 @@ int64_t SegmentRule::hidden_bytes_bound(int64_t rows, int64_t experts) const {
     bound += std::min(rows, experts * few) * std::max<int64_t>(row_bytes(own) - bytes, 0);
   };
   if (any) {
-    add(RowForm::kFixed, max_fixed_rows);
-    add(stream_form, max_stream_rows);
+    add(integer_form, max_integer_rows);
+    if (max_stream_rows > max_integer_rows) add(stream_form, max_stream_rows);
   }
   // A partial tile for each expert with enough rows for tiles.
-  const int64_t least = any ? std::max(max_fixed_rows, max_stream_rows) + 1 : 1;
+  const int64_t least = any ? int64_t{std::max(max_integer_rows, max_stream_rows)} + 1 : 1;
   if (many == RowForm::kTiles)
     bound += std::min(experts, rows / least) * (TileRows::kTileRows - 1) * bytes;
   return bound;
 }
 
-SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, bool fixed, Tactic tactic) {
+SegmentRule segment_rule(const Kernels& kernels, Compute compute, Dtype dtype, bool fixed,
+                         Tactic tactic) {
   SegmentRule rule;
   rule.tactic = tactic;
-  rule.max_fixed_rows = fixed && dtype == Dtype::kBf16 ? kernels.max_fixed_rows : 0;
+  if (compute == Compute::kW4a8) {
+    rule.integer_form = RowForm::kInt8;
+    rule.max_integer_rows = kernels.max_int8_rows;
+    rule.round_int8 = true;
+  } else if (fixed && dtype == Dtype::kBf16) {
+    rule.max_integer_rows = kernels.max_fixed_rows;
+  }
   rule.max_stream_rows = kernels.max_stream_rows;
   if (kernels.stream_tiles[0]) rule.stream_form = RowForm::kTiles;
   if (kernels.panel_tiles[0]) rule.tiles_form = RowForm::kTiles;
-  rule.planes = tile_planes(dtype);
+  // 8-bit integers times a power of two are exact in bf16.
+  rule.planes = compute == Compute::kW4a8 ? 1 : tile_planes(dtype);
   return rule;
 }
 
@@ -82,7 +94,7 @@ int64_t append_segments(const SegmentRule& rule, int64_t expert, int64_t first_r
   const bool streamed = chosen == Tactic::kStream;
   const int tile_rows = streamed ? static_cast<int>(std::min<int64_t>(rows, TileRows::kTileRows))
                                  : TileRows::kTileRows;
-  const int64_t max_rows = form == RowForm::kTiles ? rule.max_rows_tiles : rule.max_rows_f32;
+  const int64_t max_rows = form == RowForm::kF32 ? rule.max_rows_f32 : rule.max_rows;
   const int64_t count = ceil_div(rows, max_rows);
   // Equal shares in whole tiles, so that only an expert's last tile is partial.
   const int64_t share = std::min(max_rows, round_up(ceil_div(rows, count), TileRows::kTileRows));

@@ -13,6 +13,7 @@ namespace jaxmoe::cpu {
 enum class RowForm {
   kF32,
   kFixed,  // FixedBlock
+  kInt8,   // Int8Block
   kTiles,  // TileRows
 };
 
@@ -30,17 +31,20 @@ struct Segment {
 // Which kernel takes an expert's rows, and how it wants them cut.
 struct SegmentRule {
   Tactic tactic = Tactic::kAuto;
-  int max_fixed_rows = 0;   // of an expert whose rows are integers ...
-  int max_stream_rows = 0;  // ... or, if not, whose weights are streamed
+  int max_integer_rows = 0;  // of an expert whose rows are integers ...
+  int max_stream_rows = 0;   // ... or, if not, whose weights are streamed
+  RowForm integer_form = RowForm::kFixed;
   RowForm stream_form = RowForm::kF32;
   RowForm tiles_form = RowForm::kF32;
-  int max_rows_f32 = 0;  // of a segment; multiples of 16
-  int max_rows_tiles = 0;
+  bool round_int8 = false;     // rows in other forms become the values of Int8Block first
+  int max_rows_f32 = 0;        // of a segment; multiples of 16
+  int max_rows = 0;            // of a segment in any other form
   int planes = 1;              // that hold an input exactly
   int64_t hidden_columns = 0;  // padded
 
   Tactic choose(int64_t rows) const;
-  RowForm form(Tactic chosen) const;
+  RowForm form(Tactic chosen) const;      // not of kAuto
+  RowForm form_of_many() const;           // that experts with any number of rows may have
   int64_t row_bytes(RowForm rows) const;  // of one row's activations
   int64_t hidden_bytes(const Segment& segment) const;
   // Bytes for all activations, whatever the routing.
@@ -48,8 +52,10 @@ struct SegmentRule {
 };
 
 // The rule for a table of kernels, inputs of this type, and results that may (or may not) have an
-// error of 2^-16 of the largest of 16 inputs; a named tactic must be one that the table has.
-SegmentRule segment_rule(const Kernels& kernels, Dtype dtype, bool fixed, Tactic tactic);
+// error of 2^-16 of the largest of 16 inputs; w4a8 has one of its own. A named tactic must be one
+// that the table has for this arithmetic.
+SegmentRule segment_rule(const Kernels& kernels, Compute compute, Dtype dtype, bool fixed,
+                         Tactic tactic);
 
 // Appends the segments of an expert's rows; returns the workspace offset behind them.
 int64_t append_segments(const SegmentRule& rule, int64_t expert, int64_t first_row, int64_t rows,

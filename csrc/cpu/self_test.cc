@@ -1,8 +1,10 @@
 // SwiGLU experts on bf16 activations, in both formats, against a double-precision model of the
 // packed bytes. Expert 0 takes every token and so the blocked kernels; expert 1 takes one token and
-// so the streaming ones; expert 2 takes none. Then the same by each tactic.
+// so the streaming ones; expert 2 takes none. Then the same by each tactic, and all of it in both
+// kinds of arithmetic: x has few bits, which 8-bit integers hold.
 #include "cpu/self_test.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -45,9 +47,22 @@ double decode(Format format, const uint8_t* expert, const PanelGeometry& geometr
                                            : std::ldexp(1.0, scale - 127));
 }
 
+// As Int8Block says; the values are of ordinary size.
+void round_to_int8(std::vector<double>& h) {
+  for (size_t begin = 0; begin < h.size(); begin += 16) {
+    double largest = 0;
+    for (size_t i = begin; i < begin + 16; ++i) largest = std::max(largest, std::abs(h[i]));
+    int exponent = -125;
+    while (std::nearbyint(std::ldexp(largest, -exponent)) > 127) ++exponent;
+    for (size_t i = begin; i < begin + 16; ++i) {
+      h[i] = std::ldexp(std::nearbyint(std::ldexp(h[i], -exponent)), exponent);
+    }
+  }
+}
+
 // One for each tactic.
 std::vector<double> relative_errors(const Kernels& kernels, const std::vector<Tactic>& tactics,
-                                    Format format) {
+                                    Format format, Compute compute) {
   const MoeMlpShape shape = {kTokens, kHidden, kIntermediate, kExperts, kChoices};
   const PanelGeometry up_geometry(format, kIntermediate, kHidden, true);
   const PanelGeometry down_geometry(format, kHidden, kIntermediate, false);
@@ -94,11 +109,12 @@ std::vector<double> relative_errors(const Kernels& kernels, const std::vector<Ta
   MoeMlpArgs args;
   args.kernels = &kernels;
   args.format = format;
+  args.compute = compute;
   args.activation = Activation::kSwiglu;
   args.dtype = Dtype::kBf16;
   args.shape = shape;
   std::vector<uint8_t> workspace(
-      static_cast<size_t>(moe_mlp_workspace_bytes(kernels, args.dtype, shape)) + 64, 0xff);
+      static_cast<size_t>(moe_mlp_workspace_bytes(kernels, compute, args.dtype, shape)) + 64, 0xff);
   args.x = x.data();
   args.gate_up = gate_up.data();
   args.gate_up_global = gate_up_global;
@@ -133,11 +149,15 @@ std::vector<double> relative_errors(const Kernels& kernels, const std::vector<Ta
         }
         return sum * gate_up_global[e];
       };
+      std::vector<double> h;
       for (int i = 0; i < kIntermediate; ++i) {
         const double gate = product(i);
-        const double h = gate / (1 + std::exp(-gate)) * product(kIntermediate + i);
+        h.push_back(gate / (1 + std::exp(-gate)) * product(kIntermediate + i));
+      }
+      if (compute == Compute::kW4a8) round_to_int8(h);
+      for (int i = 0; i < kIntermediate; ++i) {
         for (int n = 0; n < kHidden; ++n) {
-          y[static_cast<size_t>(n)] += 0.75 * h * down_global[e] *
+          y[static_cast<size_t>(n)] += 0.75 * h[static_cast<size_t>(i)] * down_global[e] *
                                        decode(format, down.data() + e * down_geometry.expert_bytes,
                                               down_geometry, false, n, kHidden, i);
         }
@@ -161,16 +181,18 @@ std::vector<double> relative_errors(const Kernels& kernels, const std::vector<Ta
 }  // namespace
 
 std::string self_test(const Kernels& kernels) {
-  std::vector<Tactic> tactics = named_tactics(kernels);
-  tactics.insert(tactics.begin(), Tactic::kAuto);
-  for (int i = 0; i < kNumFormats; ++i) {
-    const Format format = static_cast<Format>(i);
-    const std::vector<double> errors = relative_errors(kernels, tactics, format);
-    for (size_t t = 0; t < tactics.size(); ++t) {
-      if (errors[t] <= kTolerance) continue;  // not for NaN
-      const std::string by = t ? " by tactic " + std::string(tactic_name(tactics[t])) : "";
-      return "a relative error of " + std::to_string(errors[t]) + " on " + format_name(format) +
-             " weights" + by + ", more than " + std::to_string(kTolerance);
+  for (const Format format : {Format::kNvfp4, Format::kMxfp4}) {
+    for (const Compute compute : kComputes) {
+      std::vector<Tactic> tactics = named_tactics(kernels, compute);
+      tactics.insert(tactics.begin(), Tactic::kAuto);
+      const std::vector<double> errors = relative_errors(kernels, tactics, format, compute);
+      for (size_t t = 0; t < tactics.size(); ++t) {
+        if (errors[t] <= kTolerance) continue;  // not for NaN
+        const std::string by = t ? " and tactic " + std::string(tactic_name(tactics[t])) : "";
+        return "a relative error of " + std::to_string(errors[t]) + " on " + format_name(format) +
+               " weights with compute='" + compute_name(compute) + "'" + by + ", more than " +
+               std::to_string(kTolerance);
+      }
     }
   }
   return "";

@@ -19,6 +19,7 @@ constexpr std::array<ActivationInfo, kNumActivations> kActivations = {{
     {"identity", false, 0},
 }};
 constexpr std::array<const char*, kNumFormats> kFormats = {"nvfp4", "mxfp4"};
+constexpr std::array<const char*, 2> kComputeNames = {"w4a16", "w4a8"};
 constexpr std::array<const char*, kNumVariants> kVariants = {
     "cpu_portable", "cpu_avx2", "cpu_avx512", "cpu_avx512_bf16", "cpu_amx"};
 constexpr std::array<const char*, 4> kTactics = {"", "integer", "stream", "tiles"};
@@ -52,12 +53,16 @@ std::array<const char*, kNumActivations> activation_name_array() {
 const ActivationInfo& activation_info(Activation activation) {
   return kActivations[static_cast<size_t>(activation)];
 }
+const char* compute_name(Compute compute) { return kComputeNames[static_cast<size_t>(compute)]; }
 const char* format_name(Format format) { return kFormats[static_cast<size_t>(format)]; }
 const char* variant_name(Variant variant) { return kVariants[static_cast<size_t>(variant)]; }
 const char* tactic_name(Tactic tactic) { return kTactics[static_cast<size_t>(tactic)]; }
 
 std::optional<Activation> parse_activation(std::string_view name) {
   return parse<Activation>(activation_name_array(), name);
+}
+std::optional<Compute> parse_compute(std::string_view name) {
+  return parse<Compute>(kComputeNames, name);
 }
 std::optional<Format> parse_format(std::string_view name) { return parse<Format>(kFormats, name); }
 std::optional<Variant> parse_variant(std::string_view name) {
@@ -66,6 +71,7 @@ std::optional<Variant> parse_variant(std::string_view name) {
 std::optional<Tactic> parse_tactic(std::string_view name) { return parse<Tactic>(kTactics, name); }
 
 std::string activation_names() { return join(activation_name_array()); }
+std::string compute_names() { return join(kComputeNames); }
 std::string format_names() { return join(kFormats); }
 std::string variant_names() { return join(kVariants); }
 

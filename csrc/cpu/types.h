@@ -15,6 +15,11 @@ inline constexpr int kNumFormats = 2;
 
 enum class Dtype { kF32, kBf16 };
 
+// What the experts' products multiply: activations as they are, or as blocks of 8-bit integers (see
+// Int8Block).
+enum class Compute { kW4a16, kW4a8 };
+inline constexpr Compute kComputes[] = {Compute::kW4a16, Compute::kW4a8};
+
 // In ascending order of what they ask of the processor.
 enum class Variant { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 inline constexpr int kNumVariants = 5;
@@ -22,7 +27,7 @@ inline constexpr int kNumVariants = 5;
 // Which kernels of a variant run: chosen by the rows of each expert, or one kind for all.
 enum class Tactic {
   kAuto,
-  kInteger,  // 16-bit integers, for few rows
+  kInteger,  // integers: of 16 bits, for few rows; of 8 bits where the arithmetic is w4a8
   kStream,   // weights decoded into registers
   kTiles,    // weights decoded into L1, for many rows
 };
@@ -51,17 +56,20 @@ struct ActivationInfo {
 };
 
 const ActivationInfo& activation_info(Activation activation);
+const char* compute_name(Compute compute);
 const char* format_name(Format format);
 const char* variant_name(Variant variant);
 const char* tactic_name(Tactic tactic);  // "" for kAuto
 
 std::optional<Activation> parse_activation(std::string_view name);
+std::optional<Compute> parse_compute(std::string_view name);
 std::optional<Format> parse_format(std::string_view name);
 std::optional<Variant> parse_variant(std::string_view name);
 std::optional<Tactic> parse_tactic(std::string_view name);
 
 // "a, b, c": the known names of each kind, for error messages.
 std::string activation_names();
+std::string compute_names();
 std::string format_names();
 std::string variant_names();
 

@@ -22,8 +22,9 @@ from jaxmoe.capability.targets import Target
 
 
 def has_compute(row: Row, problem: Problem, compute: str) -> bool:
-    """Whether the row has this arithmetic for the problem's weights."""
-    return (problem.weight_format, compute) in row.arithmetic
+    """Whether the row has this arithmetic for the problem's weights, and may take it."""
+    asked = problem.compute != "auto" or compute not in row.opt_in
+    return asked and (problem.weight_format, compute) in row.arithmetic
 
 
 def _sm_list(sms: Iterable[int]) -> str:

@@ -131,6 +131,7 @@ class Row:
       platform: XLA platform, or None for any.
       sms: the SMs it runs on, or None where the platform has none.
       arithmetic: pairs of weight format and compute.
+      opt_in: arithmetic that `auto` never takes, whatever the weights declare.
       operands: what the matrix unit multiplies, in words.
       ops: the public functions it serves.
       activation_dtypes: dtypes of `x`.
@@ -162,6 +163,7 @@ class Row:
     operands: str
     layout: str
     other_formats: str = ""
+    opt_in: frozenset[str] = frozenset()
     sms: frozenset[int] | None = None
     ops: frozenset[str] = frozenset(OPS)
     activation_dtypes: frozenset[str] = frozenset({"bfloat16", "float32"})
@@ -288,7 +290,8 @@ def _cpu(
         provider="cpu",
         family="cpu",
         platform="cpu",
-        arithmetic=_W4A16,
+        arithmetic=_W4A16 | _arithmetic("w4a8", "nvfp4", "mxfp4"),
+        opt_in=frozenset({"w4a8"}),
         operands=operands,
         activation_dtypes=frozenset(dtypes),
         alignment=(32, 1),
@@ -406,20 +409,26 @@ TABLE: tuple[Row, ...] = (
         _AVX512_BF16 | {"avx512_fp16", "amx_tile", "amx_bf16"},
         ("bfloat16", "float32"),
         "weights scaled exactly to bf16, AMX tiles (f32 activations as three bf16 terms); few rows "
-        "of bf16: 16-bit integers, VNNI",
+        "of bf16: 16-bit integers, VNNI; w4a8: 8-bit integers, few rows by VNNI, more in the tiles",
     ),
     _cpu(
         "cpu_avx512_bf16",
         _AVX512_BF16,
         ("bfloat16",),
-        "weights scaled exactly to bf16, vdpbf16ps; few rows: 16-bit integers, VNNI",
+        "weights scaled exactly to bf16, vdpbf16ps; few rows: 16-bit integers, VNNI; w4a8: 8-bit "
+        "integers, VNNI",
     ),
-    _cpu("cpu_avx512", _AVX512, ("bfloat16", "float32"), "f32 lanes, AVX-512 FMA"),
+    _cpu(
+        "cpu_avx512",
+        _AVX512,
+        ("bfloat16", "float32"),
+        "f32 lanes, AVX-512 FMA; w4a8: 8-bit integers, byte multiplies",
+    ),
     _cpu(
         "cpu_avx2",
         frozenset({"avx2", "fma", "f16c"}),
         ("bfloat16", "float32"),
-        "f32 lanes, AVX2 FMA; few bf16 rows: 16-bit integers",
+        "f32 lanes, AVX2 FMA; few bf16 rows: 16-bit integers; w4a8: 8-bit integers",
     ),
     _cpu("cpu_portable", frozenset(), ("bfloat16", "float32"), "f32, plain C++"),
     *(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -138,8 +139,9 @@ def _row(row: Row, machine: benchmark.Machine, progress: Callable[[str], None]) 
 
 
 def _numbers(row: Row, weight_format: str) -> list[dict[str, Any]]:
-    """Every case by every tactic: its error, or what was raised."""
+    """Every case by every tactic and arithmetic: its error, or what was raised."""
     run = kernels.implementation(row.variant)
+    computes = row.computes(weight_format)
 
     def twice(*args: Any, **attributes: str) -> Any:
         config, variant, *operands = args
@@ -151,11 +153,14 @@ def _numbers(row: Row, weight_format: str) -> list[dict[str, Any]]:
 
     found = []
     with jax.default_device(_device(row)):
-        for tactic in ("", *kernels.tactics(row.variant)):
+        for tactic, compute in itertools.product(("", *kernels.tactics(row.variant)), computes):
             attributes = {"tactic": tactic} if tactic else {}
+            if len(computes) > 1:
+                attributes["compute"] = compute
             for case in CASES:
                 result: dict[str, Any] = {
                     "format": weight_format,
+                    "compute": compute,
                     "tactic": tactic,
                     **dataclasses.asdict(case),
                     "error": None,
@@ -177,7 +182,8 @@ def _failures(numbers: Sequence[dict[str, Any]]) -> list[str]:
     """
     failures = []
     for result in numbers:
-        where = f"{result['format']}, tactic {result['tactic'] or 'default'}, "
+        where = f"{result['format']}, {result['compute']}, tactic "
+        where += f"{result['tactic'] or 'default'}, "
         where += ", ".join(f"{f.name} {result[f.name]}" for f in dataclasses.fields(Case))
         if result["raised"] and not result["tactic"]:
             failures.append(f"{where}: {result['raised']}")

@@ -144,7 +144,8 @@ def lay_out(weights: Any, resolution: Resolution, gated: bool) -> Any:
     if have != CANONICAL:
         compute = resolution.compute
         readers = {c for r in TABLE if r.layout == have and not r.never for _, c in r.arithmetic}
-        as_they_are = [f"compute={c!r} to use them as they are" for c in readers - {compute}]
+        others = sorted(readers - {compute})
+        as_they_are = [f"compute={c!r} to use them as they are" for c in others]
         ways_out = ["the canonical weights", f"prepare(weights, {row.variant!r}, {compute=})"]
         raise ValueError(
             f"weights were prepared in layout {have!r}, but {row.variant}, which was selected for "
@@ -190,6 +191,12 @@ def _quantised(variant: str) -> str | None:
 
 
 def _attributes(key: tuning.Key, x: jax.Array) -> dict[str, str]:
-    """The tactic, as a library wants to be told; nothing where it chooses by itself."""
-    tactic = _choice(key.at(x.shape[0])).tactic
-    return {"tactic": tactic} if tactic else {}
+    """What a library wants to be told: the tactic, unless it chooses by itself, and the arithmetic,
+    where the variant has several.
+    """
+    attributes = {}
+    if tactic := _choice(key.at(x.shape[0])).tactic:
+        attributes["tactic"] = tactic
+    if len(_ROWS[key.variant].computes(key.weight_format)) > 1:
+        attributes["compute"] = key.compute
+    return attributes

@@ -57,17 +57,26 @@ def use_huge_pages(data: jax.Array) -> None:
             )
 
 
-def moe_mlp(config: MlpConfig, variant: str, *operands: Any, tactic: str = "") -> jax.Array:
+def moe_mlp(
+    config: MlpConfig, variant: str, *operands: Any, compute: str = "w4a16", tactic: str = ""
+) -> jax.Array:
     """One custom call for the whole expert MLP; the operands are those of `xla.moe_mlp`.
 
-    `tactic` names the kernels; "" leaves the choice to the library, by the rows of each expert.
+    `compute` is the arithmetic, of which every variant here has two. `tactic` names the kernels;
+    "" leaves the choice to the library, by the rows of each expert.
     """
-    return native.moe_mlp(_native(), MOE_MLP, config, variant, *operands, tactic=tactic)
+    return native.moe_mlp(
+        _native(), MOE_MLP, config, variant, *operands, compute=compute, tactic=tactic
+    )
 
 
-def grouped_matmul(variant: str, *operands: Any, tactic: str = "") -> jax.Array:
+def grouped_matmul(
+    variant: str, *operands: Any, compute: str = "w4a16", tactic: str = ""
+) -> jax.Array:
     """One custom call for the grouped product; the operands are those of `xla.grouped_matmul`.
 
-    `tactic` as in `moe_mlp`.
+    `compute` and `tactic` as in `moe_mlp`.
     """
-    return native.grouped_matmul(_native(), GROUPED_MATMUL, variant, *operands, tactic=tactic)
+    return native.grouped_matmul(
+        _native(), GROUPED_MATMUL, variant, *operands, compute=compute, tactic=tactic
+    )

@@ -20,7 +20,7 @@ from jaxmoe.activations import SwiGLU
 from jaxmoe.capability import Row
 from jaxmoe.experts import CANONICAL, ExpertWeights, Matrix
 from jaxmoe.formats import FLOAT4_E2M1, Format, get_format
-from jaxmoe.kernels import fragment_fp8, layouts
+from jaxmoe.kernels import fragment_fp8, layouts, panel
 from jaxmoe.kernels.xla import MlpConfig
 from jaxmoe.quantization import QuantizedTensor
 
@@ -92,6 +92,17 @@ def _mxfp8_rows(x: np.ndarray) -> tuple[np.ndarray, Any]:
     return (elements.astype(np.float64) * unit).reshape(x.shape), 1.0
 
 
+def _int8_rows(x: np.ndarray) -> tuple[np.ndarray, Any]:
+    """Integers of at most 127 times the least power of two of 16 elements; `Int8Block` of csrc/cpu
+    has the rule.
+    """
+    blocks = x.astype(np.float32).astype(np.float64).reshape(*x.shape[:-1], x.shape[-1] // 16, 16)
+    largest = np.abs(blocks).max(axis=-1, keepdims=True, initial=0)
+    fraction, exponent = np.frexp(largest)  # in [0.5, 1)
+    unit = 2.0 ** np.maximum(exponent - 7 + (fraction >= 127.5 / 128), -125)
+    return (np.rint(blocks / unit) * unit).reshape(x.shape), 1.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
     """How a product's rows are rounded (and by which factor), its sums, the activation's output."""
@@ -105,16 +116,19 @@ BF16 = Arithmetic(_as_it_is, _exact, _bf16)
 FP8_ROWS = Arithmetic(_fp8_rows, _exact, _bf16)
 MXFP8 = Arithmetic(_mxfp8_rows, _bf16, _exact)
 NVFP4 = Arithmetic(_nvfp4_rows, _bf16, _exact)
+INT8 = Arithmetic(_int8_rows, _exact, _exact)
 
 _BY_COMPUTE: Mapping[str, Arithmetic] = MappingProxyType(
     {"w4a16": BF16, "w4a8": MXFP8, "w4a4": NVFP4}
 )
-_BY_LAYOUT: Mapping[str, Arithmetic] = MappingProxyType({fragment_fp8.NAME: FP8_ROWS})
+_BY_LAYOUT: Mapping[tuple[str, str], Arithmetic] = MappingProxyType(
+    {(fragment_fp8.NAME, "w4a8"): FP8_ROWS, (panel.NAME, "w4a8"): INT8}
+)
 
 
-def arithmetic_of(row: Row, weight_format: str) -> Arithmetic:
-    """What a variant does with weights of a format, by the most accurate arithmetic that it has."""
-    return _BY_LAYOUT.get(row.layout) or _BY_COMPUTE[row.computes(weight_format)[-1]]
+def arithmetic_of(row: Row, compute: str) -> Arithmetic:
+    """What a variant does with weights and rows when it runs as `compute`."""
+    return _BY_LAYOUT.get((row.layout, compute)) or _BY_COMPUTE[compute]
 
 
 # ---- one problem ---------------------------------------------------------------------------------
@@ -130,10 +144,12 @@ def error(
       weight_format: one of its formats.
       case: sizes.
       moe_mlp: the family's.
-      **attributes: for `moe_mlp`, such as the tactic.
+      **attributes: for `moe_mlp`, such as the tactic; `compute`, where the variant has several
+        kinds of arithmetic, is by default the most accurate.
     """
     rng, fmt = np.random.default_rng(case.seed), get_format(weight_format)
-    arithmetic = arithmetic_of(row, weight_format)
+    compute = attributes.get("compute", row.computes(weight_format)[-1])
+    arithmetic = arithmetic_of(row, compute)
     e, h, i = case.num_experts, case.hidden_size, case.intermediate_size
     gate_up, first = _random_weight(rng, e, 2 * i, h, fmt)
     down, second = _random_weight(rng, e, h, i, fmt)

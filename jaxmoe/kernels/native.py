@@ -66,6 +66,7 @@ def moe_mlp(
     expert_offset: jax.Array,
     *,
     input_scales: bool = False,
+    compute: str | None = None,
     **attrs: Any,
 ) -> jax.Array:
     """One custom call for the whole expert MLP; see `jaxmoe.moe_mlp`.
@@ -82,6 +83,7 @@ def moe_mlp(
       params: as in `xla.moe_mlp`.
       expert_offset: as in `xla.moe_mlp`.
       input_scales: whether the library's handlers take static input scales.
+      compute: the arithmetic, for a library whose variants have several.
       **attrs: the library's own attributes.
     """
     assert isinstance(experts.gate_up, PreparedMatrix)
@@ -90,6 +92,7 @@ def moe_mlp(
     if t * k == 0:
         return jnp.zeros_like(x)
     scales = (experts.gate_up_input_scale, experts.down_input_scale) if input_scales else ()
+    chosen = {} if compute is None else {"compute": compute}
     workspace = module.workspace_bytes(
         "moe_mlp",
         tokens=t,
@@ -100,6 +103,7 @@ def moe_mlp(
         gated=experts.gate_up.gated,
         x_dtype=str(x.dtype),
         variant=variant,
+        **chosen,
     )
     return _call(
         target,
@@ -123,6 +127,7 @@ def moe_mlp(
         hidden_size=np.int64(experts.hidden_size),
         intermediate_size=np.int64(experts.intermediate_size),
         weight_on_input=config.weight_on_input,
+        **chosen,
         **attrs,
     )
 
@@ -140,12 +145,14 @@ def grouped_matmul(
     out_dtype: Any,
     *,
     input_scales: bool = False,
+    compute: str | None = None,
     **attrs: Any,
 ) -> jax.Array:
     """One custom call for the grouped product; see `jaxmoe.grouped_matmul` and `moe_mlp` here."""
     e, n, k = w.shape
     if x.shape[0] == 0:
         return jnp.zeros((0, n), out_dtype)
+    chosen = {} if compute is None else {"compute": compute}
     workspace = module.workspace_bytes(
         "grouped_matmul",
         rows=x.shape[0],
@@ -155,6 +162,7 @@ def grouped_matmul(
         num_groups=group_sizes.shape[0],
         x_dtype=str(x.dtype),
         variant=variant,
+        **chosen,
     )
     return _call(
         target,
@@ -171,5 +179,6 @@ def grouped_matmul(
         format=w.format.name,
         n=np.int64(n),
         k=np.int64(k),
+        **chosen,
         **attrs,
     )

@@ -29,6 +29,7 @@ class Key:
       device: the device's name as JAX gives it, `"NVIDIA H100 80GB HBM3"`; of a CPU, to which JAX
         gives none, that of this machine's processor with the number of usable cores.
       variant: the kernel variant.
+      compute: its arithmetic.
       op: `moe_mlp` or `grouped_matmul`.
       weight_format: format of the weights.
       activation_dtype: dtype of `x`.
@@ -43,6 +44,7 @@ class Key:
 
     device: str
     variant: str
+    compute: str
     op: str
     weight_format: str
     activation_dtype: str
@@ -71,6 +73,7 @@ class Key:
         return cls(
             device=_processor.name() if device.lower() == "cpu" else device,
             variant=resolution.variant,
+            compute=str(resolution.compute),
             op=problem.op,
             weight_format=problem.weight_format,
             activation_dtype=problem.activation_dtype,

@@ -1,8 +1,10 @@
-// Times moe_mlp without XLA: bench_moe_mlp VARIANT[:TACTIC] FORMAT DTYPE THREADS T... [-- H I E k]
+// Times moe_mlp without XLA:
+//
+//   bench_moe_mlp VARIANT[:COMPUTE][:TACTIC][,...] FORMAT f32|bf16 THREADS T... [-- H I E k]
 //
 // One layer (by default of Qwen3-30B-A3B), larger than the caches; every repetition has another
-// routing. Prints the median time, the packed weight bytes of the experts touched per second, and
-// the arithmetic rate.
+// routing, which all contestants take in turn. Prints the median time, the packed weight bytes of
+// the experts touched per second, and the arithmetic rate.
 #include <sys/mman.h>
 #include <time.h>
 
@@ -13,6 +15,7 @@
 #include <cstring>
 #include <random>
 #include <set>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -53,8 +56,23 @@ uint8_t* random_weights(Format format, int64_t bytes, Random& random) {
   return packed;
 }
 
-void measure(const char* label, MoeMlpArgs args, int64_t tokens, Executor* executor,
-             double seconds) {
+// One of those that are compared.
+struct Contestant {
+  std::string label;
+  const Kernels* kernels;
+  Compute compute = Compute::kW4a16;
+  Tactic tactic = Tactic::kAuto;
+  std::vector<uint8_t> workspace = {};
+  std::vector<double> times = {}, cpu_times = {};
+};
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+void measure(std::vector<Contestant> contestants, MoeMlpArgs args, int64_t tokens,
+             Executor* executor, double seconds) {
   Random random(1);
   args.shape.tokens = tokens;
   const MoeMlpShape& shape = args.shape;
@@ -69,13 +87,14 @@ void measure(const char* label, MoeMlpArgs args, int64_t tokens, Executor* execu
   args.x = args.dtype == Dtype::kF32 ? static_cast<void*>(values.data()) : narrow.data();
   std::vector<float> out(values.size());
   args.out = out.data();
-  std::vector<uint8_t> workspace(moe_mlp_workspace_bytes(*args.kernels, args.dtype, shape));
-  args.workspace = workspace.data();
   std::vector<float> weights(tokens * shape.top_k, 1.0f / static_cast<float>(shape.top_k));
   args.weights = weights.data();
+  for (Contestant& one : contestants) {
+    one.workspace.resize(moe_mlp_workspace_bytes(*one.kernels, one.compute, args.dtype, shape));
+  }
 
-  std::vector<double> times, cpu_times;
   double bytes = 0;
+  size_t count = 0;
   const auto begin = std::chrono::steady_clock::now();
   for (int rep = 0; rep < 400; ++rep) {
     std::vector<int32_t> ids;
@@ -89,64 +108,101 @@ void measure(const char* label, MoeMlpArgs args, int64_t tokens, Executor* execu
       touched.insert(chosen.begin(), chosen.end());
     }
     args.expert_ids = ids.data();
-    const double cpu_start = cpu_seconds();
-    const auto start = std::chrono::steady_clock::now();
-    if (!moe_mlp(args, executor)) std::abort();
-    const auto stop = std::chrono::steady_clock::now();
-    const double cpu_stop = cpu_seconds();
+    for (Contestant& one : contestants) {
+      args.kernels = one.kernels;
+      args.compute = one.compute;
+      args.tactic = one.tactic;
+      args.workspace = one.workspace.data();
+      const double cpu_start = cpu_seconds();
+      const auto start = std::chrono::steady_clock::now();
+      if (!moe_mlp(args, executor)) std::abort();
+      const auto stop = std::chrono::steady_clock::now();
+      const double cpu_stop = cpu_seconds();
+      if (rep < 2) continue;
+      one.cpu_times.push_back(cpu_stop - cpu_start);
+      one.times.push_back(std::chrono::duration<double>(stop - start).count());
+    }
     if (rep < 2) continue;
-    cpu_times.push_back(cpu_stop - cpu_start);
-    times.push_back(std::chrono::duration<double>(stop - start).count());
+    ++count;
     bytes += static_cast<double>(touched.size()) *
              static_cast<double>(gate_up_bytes(args.format, args.activation, shape) +
                                  down_bytes(args.format, shape));
-    if (times.size() >= 3 && std::chrono::duration<double>(stop - begin).count() > seconds) break;
+    const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - begin;
+    if (count >= 3 && spent.count() > seconds) break;
   }
-  bytes /= static_cast<double>(times.size());
-  std::sort(times.begin(), times.end());
-  std::sort(cpu_times.begin(), cpu_times.end());
-  const double median = times[times.size() / 2], best = times[0], cpu = cpu_times[times.size() / 2];
+  bytes /= static_cast<double>(count);
   const double flops =
       6.0 * static_cast<double>(tokens * shape.top_k * shape.hidden_size * shape.intermediate_size);
-  std::printf(
-      "%-16s %s %s T=%-5ld median %9.3f ms  best %9.3f ms  cpu %9.3f ms  %6.1f GB/s  %7.1f GFLOP/s "
-      " (n=%zu, workspace %.1f MB)\n",
-      label, format_name(args.format), args.dtype == Dtype::kF32 ? "f32 " : "bf16",
-      static_cast<long>(tokens), median * 1e3, best * 1e3, cpu * 1e3, bytes / median / 1e9,
-      flops / median / 1e9, times.size(), static_cast<double>(workspace.size()) / 1e6);
+  for (const Contestant& one : contestants) {
+    const double time = median(one.times);
+    std::printf(
+        "%-21s %s %s T=%-5ld median %9.3f ms  best %9.3f ms  cpu %9.3f ms (best %9.3f)  %6.1f GB/s "
+        " %7.1f GFLOP/s  (n=%zu, workspace %.1f MB)\n",
+        one.label.c_str(), format_name(args.format), args.dtype == Dtype::kF32 ? "f32 " : "bf16",
+        static_cast<long>(tokens), time * 1e3,
+        *std::min_element(one.times.begin(), one.times.end()) * 1e3, median(one.cpu_times) * 1e3,
+        *std::min_element(one.cpu_times.begin(), one.cpu_times.end()) * 1e3, bytes / time / 1e9,
+        flops / time / 1e9, count, static_cast<double>(one.workspace.size()) / 1e6);
+  }
   std::fflush(stdout);
+}
+
+// "VARIANT:COMPUTE:TACTIC"; false, with a message, if there is none or this machine cannot run it.
+bool parse_contestant(const std::string& text, std::vector<Contestant>& contestants) {
+  std::istringstream parts(text);
+  std::string part;
+  std::getline(parts, part, ':');
+  const auto variant = parse_variant(part);
+  bool known = variant.has_value();
+  Contestant one = {text, nullptr};
+  while (std::getline(parts, part, ':')) {
+    const auto compute = parse_compute(part);
+    const auto tactic = parse_tactic(part);
+    one.compute = compute.value_or(one.compute);
+    one.tactic = tactic.value_or(one.tactic);
+    known = known && (compute || tactic);
+  }
+  if (!known) {
+    std::fprintf(stderr, "%s: variants: %s; compute: %s; tactics: integer, stream, tiles\n",
+                 text.c_str(), variant_names().c_str(), compute_names().c_str());
+    return false;
+  }
+  if (const std::string reason = why_not(*variant); !reason.empty()) {
+    std::fprintf(stderr, "%s\n", reason.c_str());
+    return false;
+  }
+  one.kernels = kernels(*variant);
+  const std::vector<Tactic> has = named_tactics(*one.kernels, one.compute);
+  if (one.tactic != Tactic::kAuto && std::find(has.begin(), has.end(), one.tactic) == has.end()) {
+    std::fprintf(stderr, "%s: %s has no tactic %s for compute %s\n", text.c_str(),
+                 variant_name(*variant), tactic_name(one.tactic), compute_name(one.compute));
+    return false;
+  }
+  contestants.push_back(std::move(one));
+  return true;
 }
 
 int run(int argc, char** argv) {
   if (argc < 6) {
-    std::fprintf(stderr, "usage: %s VARIANT[:TACTIC] FORMAT f32|bf16 THREADS T... [-- H I E k]\n",
+    std::fprintf(stderr,
+                 "usage: %s VARIANT[:COMPUTE][:TACTIC][,...] FORMAT f32|bf16 THREADS T... "
+                 "[-- H I E k]\n",
                  argv[0]);
     return 2;
   }
-  const std::string name = argv[1];
-  const size_t colon = std::min(name.find(':'), name.size());
-  const auto variant = parse_variant(name.substr(0, colon));
-  const auto tactic = parse_tactic(colon < name.size() ? name.substr(colon + 1) : "");
-  const auto format = parse_format(argv[2]);
-  if (!variant || !tactic || !format) {
-    std::fprintf(stderr, "variants: %s; tactics: integer, stream, tiles; formats: %s\n",
-                 variant_names().c_str(), format_names().c_str());
-    return 2;
+  std::vector<Contestant> contestants;
+  std::istringstream names(argv[1]);
+  for (std::string name; std::getline(names, name, ',');) {
+    if (!parse_contestant(name, contestants)) return 2;
   }
-  if (const std::string reason = why_not(*variant); !reason.empty()) {
-    std::fprintf(stderr, "%s\n", reason.c_str());
-    return 1;
+  const auto format = parse_format(argv[2]);
+  if (!format) {
+    std::fprintf(stderr, "formats: %s\n", format_names().c_str());
+    return 2;
   }
   MoeMlpArgs args;
-  args.kernels = kernels(*variant);
-  args.tactic = *tactic;
   args.format = *format;
   args.dtype = std::string(argv[3]) == "bf16" ? Dtype::kBf16 : Dtype::kF32;
-  const std::vector<Tactic> has = named_tactics(*args.kernels);
-  if (*tactic != Tactic::kAuto && std::find(has.begin(), has.end(), *tactic) == has.end()) {
-    std::fprintf(stderr, "%s has no such tactic\n", variant_name(*variant));
-    return 2;
-  }
   args.shape = {0, 2048, 768, 128, 8};
   std::vector<int64_t> token_counts;
   int i = 5;
@@ -168,7 +224,7 @@ int run(int argc, char** argv) {
   const char* budget = std::getenv("SECONDS_PER_CASE");
   ThreadPool pool(std::atoi(argv[4]));
   for (const int64_t tokens : token_counts)
-    measure(argv[1], args, tokens, &pool, budget ? std::atof(budget) : 2.0);
+    measure(contestants, args, tokens, &pool, budget ? std::atof(budget) : 2.0);
   return 0;
 }
 

@@ -141,6 +141,26 @@ inline float bf16_value(uint16_t bits) {
   return value;
 }
 
+// Rows of values as compute="w4a8" multiplies them, from the rule of cpu::Int8Block: in blocks of
+// 16, the nearest integers, none beyond 127, times the least power of two from 2^-125 on.
+inline void round_int8(std::vector<double>& values) {
+  for (size_t begin = 0; begin < values.size(); begin += 16) {
+    double largest = 0;
+    bool finite = true;
+    for (size_t i = begin; i < begin + 16; ++i) {
+      finite &= std::isfinite(values[i]);
+      largest = std::max(largest, std::abs(values[i]));
+    }
+    finite &= largest < std::ldexp(127.5, 104);
+    int e = -125;
+    while (finite && std::nearbyint(std::ldexp(largest, -e)) > 127) ++e;
+    for (size_t i = begin; i < begin + 16; ++i) {
+      values[i] = finite ? std::ldexp(std::nearbyint(std::ldexp(values[i], -e)), e)
+                         : std::numeric_limits<double>::quiet_NaN();
+    }
+  }
+}
+
 inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 inline double gelu(double x) { return 0.5 * x * std::erfc(-x / std::sqrt(2.0)); }
 inline double gelu_tanh(double x) {

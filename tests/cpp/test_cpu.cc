@@ -1,6 +1,7 @@
-// Tests of csrc/cpu without XLA: every tactic of every variant that this machine can run, against a
-// plain f64 reference. Buffers are allocated to the byte, so that AddressSanitizer sees every
-// overrun, and poisoned, so that a read of what nobody wrote turns into NaN.
+// Tests of csrc/cpu without XLA: every tactic of every variant that this machine can run, in both
+// kinds of arithmetic, against a plain f64 reference. Buffers are allocated to the byte, so that
+// AddressSanitizer sees every overrun, and poisoned, so that a read of what nobody wrote turns into
+// NaN.
 //
 //   test_cpu [VARIANT or TEST]...    test_cpu cpu_portable shapes routings
 #include <algorithm>
@@ -50,9 +51,15 @@ struct Kind {
   const Kernels* table;
   Tactic tactic = Tactic::kAuto;
 
-  // As the handlers refuse it.
-  bool suits(Dtype x, Dtype out) const {
-    return tactic != Tactic::kInteger || (x == Dtype::kBf16 && out == Dtype::kBf16);
+  // Whether the table has kernels for it.
+  bool exists(Compute compute) const {
+    const std::vector<Tactic> named = named_tactics(*table, compute);
+    return tactic == Tactic::kAuto || std::find(named.begin(), named.end(), tactic) != named.end();
+  }
+  // Whether the handlers take it.
+  bool suits(Compute compute, Dtype x, Dtype out) const {
+    const bool any_dtype = tactic != Tactic::kInteger || compute == Compute::kW4a8;
+    return exists(compute) && (any_dtype || (x == Dtype::kBf16 && out == Dtype::kBf16));
   }
 };
 
@@ -100,13 +107,15 @@ struct Case {
   int64_t expert_offset = 0;
   enum Routing { kRandom, kHot, kDuplicates, kOutside } routing = kRandom;
   unsigned seed = 1;
+  Compute compute = Compute::kW4a16;
 
   std::string name(const Kind& kind) const {
-    return kind.label + " " + format_name(format) + (dtype == Dtype::kF32 ? " f32 " : " bf16 ") +
-           activation_info(activation).name + " T" + std::to_string(shape.tokens) + " H" +
-           std::to_string(shape.hidden_size) + " I" + std::to_string(shape.intermediate_size) +
-           " E" + std::to_string(shape.num_experts) + " k" + std::to_string(shape.top_k) +
-           " routing" + std::to_string(routing) + " seed" + std::to_string(seed);
+    return kind.label + " " + compute_name(compute) + " " + format_name(format) +
+           (dtype == Dtype::kF32 ? " f32 " : " bf16 ") + activation_info(activation).name + " T" +
+           std::to_string(shape.tokens) + " H" + std::to_string(shape.hidden_size) + " I" +
+           std::to_string(shape.intermediate_size) + " E" + std::to_string(shape.num_experts) +
+           " k" + std::to_string(shape.top_k) + " routing" + std::to_string(routing) + " seed" +
+           std::to_string(seed);
   }
 };
 
@@ -150,7 +159,8 @@ class Layer {
         const double value = c.activation == Activation::kSwiglu       ? params[0][p]
                              : c.activation == Activation::kSwigluStep ? 7.0
                                                                        : params[1][p];
-        params_.push_back(static_cast<float>(value * (1 + 0.125 * static_cast<double>(e % 3))));
+        // Not 0.125, for which a limit of 8.75 makes activations of 87.5: a tie for 8-bit integers.
+        params_.push_back(static_cast<float>(value * (1 + 0.13 * static_cast<double>(e % 3))));
       }
     }
     for (int64_t t = 0; t < s.tokens; ++t) {
@@ -189,6 +199,8 @@ class Layer {
       return values;
     };
     const std::vector<double> w1 = dense(gate_up_), w2 = dense(down_);
+    std::vector<double> x = x_.values(s.tokens * s.hidden_size);
+    if (case_.compute == Compute::kW4a8) reference::round_int8(x);
     for (int64_t t = 0; t < s.tokens; ++t) {
       for (int64_t j = 0; j < s.top_k; ++j) {
         const int64_t e = int64_t{ids_[t * s.top_k + j]} - case_.expert_offset;
@@ -198,7 +210,7 @@ class Layer {
         for (int64_t r = 0; r < rows; ++r) {
           double sum = 0;
           for (int64_t i = 0; i < s.hidden_size; ++i) {
-            sum += w1[(e * rows + r) * s.hidden_size + i] * x_.get(t * s.hidden_size + i);
+            sum += w1[(e * rows + r) * s.hidden_size + i] * x[t * s.hidden_size + i];
           }
           y[r] = sum * (case_.weight_on_input ? weight : 1.0) +
                  (case_.bias ? gate_up_bias_[e * rows + r] : 0.0);
@@ -210,6 +222,7 @@ class Layer {
         for (int64_t i = 0; i < inner; ++i) {
           h[i] = reference::activate(case_.activation, y[i], gated_ ? y[inner + i] : 0.0, params);
         }
+        if (case_.compute == Compute::kW4a8) reference::round_int8(h);
         for (int64_t n = 0; n < s.hidden_size; ++n) {
           double sum = case_.bias ? down_bias_[e * s.hidden_size + n] : 0.0;
           for (int64_t i = 0; i < inner; ++i) sum += w2[(e * s.hidden_size + n) * inner + i] * h[i];
@@ -225,6 +238,7 @@ class Layer {
     MoeMlpArgs args;
     args.kernels = kind.table;
     args.format = case_.format;
+    args.compute = case_.compute;
     args.activation = case_.activation;
     args.dtype = case_.dtype;
     args.tactic = kind.tactic;
@@ -244,7 +258,7 @@ class Layer {
     Buffer out(case_.dtype, s.tokens * s.hidden_size);
     args.out = out.data();
     // 0xff bytes are NaN as f32 and as bf16.
-    const int64_t bytes = moe_mlp_workspace_bytes(*kind.table, case_.dtype, s);
+    const int64_t bytes = moe_mlp_workspace_bytes(*kind.table, case_.compute, case_.dtype, s);
     const std::unique_ptr<uint8_t[]> workspace(new uint8_t[bytes]);
     std::fill(workspace.get(), workspace.get() + bytes, 0xff);
     args.workspace = workspace.get();
@@ -278,24 +292,38 @@ bool same_bits(const Buffer& a, const Buffer& b) {
           std::memcmp(a.f32.data(), b.f32.data(), a.f32.size() * sizeof(float)) == 0);
 }
 
-double tolerance(Dtype dtype) { return dtype == Dtype::kF32 ? 3e-6 : 4e-3; }
+// Sums in f32, which w4a8 rounds to 8-bit integers between the products: one in ten thousand then
+// goes to the other side of a half. Or results in bf16.
+double tolerance(Dtype dtype, Compute compute) {
+  if (dtype == Dtype::kBf16) return 4e-3;
+  return compute == Compute::kW4a8 ? 1e-3 : 3e-6;
+}
 
-// Every tactic of every variant against the reference, with 1 and 3 threads; same bits for both.
-void check_moe_mlp(const Case& c) {
+void check_arithmetic(const Case& c) {
   Layer layer(c);
   const std::vector<double> want = layer.expected();
   ThreadPool pool(3);
   for (const Kind& kind : runnable) {
-    if (!kind.suits(c.dtype, c.dtype)) continue;
+    if (!kind.suits(c.compute, c.dtype, c.dtype)) continue;
     const Buffer alone = layer.run(kind, nullptr);
     const Buffer together = layer.run(kind, &pool);
     const std::vector<double> got = alone.values(static_cast<int64_t>(want.size()));
     if (c.grid == Grid::kExact) {
       expect(got == want, c.name(kind) + ": exact");
     } else {
-      expect_below(reference::relative_error(got, want), tolerance(c.dtype), c.name(kind));
+      expect_below(reference::relative_error(got, want), tolerance(c.dtype, c.compute),
+                   c.name(kind));
     }
     expect(same_bits(alone, together), c.name(kind) + ": the same bits for 1 and 3 threads");
+  }
+}
+
+// Every tactic of every variant and arithmetic against the reference, with 1 and 3 threads; same
+// bits for both.
+void check_moe_mlp(Case c) {
+  for (const Compute compute : kComputes) {
+    c.compute = compute;
+    check_arithmetic(c);
   }
 }
 
@@ -376,10 +404,13 @@ void test_exact() {
 }
 
 // Large inputs must saturate the activations without a NaN, and a NaN row must stay alone.
-void test_extremes() {
+void test_extremes(Compute compute) {
+  // Its square times 64 weights is within what blocks of 8-bit integers hold, 2.6e33.
+  const float large = compute == Compute::kW4a8 ? 1e13f : 1e15f;
   for (int a = 0; a < kNumActivations; ++a) {
     for (const int64_t tokens : {3, 40}) {
       Case c;
+      c.compute = compute;
       c.activation = static_cast<Activation>(a);
       c.shape = {tokens, 64, 64, 2, 1};
       c.dtype = tokens == 3 ? Dtype::kF32 : Dtype::kBf16;
@@ -387,11 +418,11 @@ void test_extremes() {
       std::vector<Kind> kinds;
       std::vector<Buffer> ordinary;
       for (const Kind& kind : runnable) {
-        if (!kind.suits(c.dtype, c.dtype)) continue;
+        if (!kind.suits(compute, c.dtype, c.dtype)) continue;
         kinds.push_back(kind);
         ordinary.push_back(layer.run(kind, nullptr));
       }
-      for (int64_t i = 0; i < 64; ++i) layer.x().set(64 + i, i % 2 ? 1e15f : -1e14f);
+      for (int64_t i = 0; i < 64; ++i) layer.x().set(64 + i, i % 2 ? large : -large / 10);
       for (const Kind& kind : kinds) {
         const Buffer out = layer.run(kind, nullptr);
         for (int64_t i = 64; i < 128; ++i)
@@ -410,16 +441,21 @@ void test_extremes() {
   }
 }
 
+void test_extremes() {
+  for (const Compute compute : kComputes) test_extremes(compute);
+}
+
 // Whatever the routing, the activations fit into the workspace, one behind the other, and their
 // number of rows is that of the expert.
-void test_segments() {
+void test_segments(Compute compute) {
   Random random(3);
   for (const Kind& kind : runnable) {
+    if (!kind.exists(compute)) continue;
     for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
-      SegmentRule rule = segment_rule(*kind.table, dtype, true, kind.tactic);
+      SegmentRule rule = segment_rule(*kind.table, compute, dtype, true, kind.tactic);
       rule.hidden_columns = 192;
       rule.max_rows_f32 = 48;
-      rule.max_rows_tiles = 256;
+      rule.max_rows = 256;
       for (int round = 0; round < 300; ++round) {
         const int64_t experts = 1 + random() % 9;
         const int64_t most = int64_t{1} << (random() % 10);
@@ -449,6 +485,10 @@ void test_segments() {
   }
 }
 
+void test_segments() {
+  for (const Compute compute : kComputes) test_segments(compute);
+}
+
 void test_many_tokens_in_chunks() {
   Case c;
   c.shape = {9000, 32, 32, 5, 2};
@@ -462,13 +502,22 @@ struct GroupedCase {
   int64_t rows, n, k, experts;
   std::vector<int32_t> sizes;
   int64_t offset = 0;
-  Grid grid = Grid::kOrdinary;
+  Compute compute = Compute::kW4a16;
 };
 
-void check_grouped(const GroupedCase& c, const std::string& label) {
+void check_grouped_arithmetic(const GroupedCase& c, std::string label);
+
+void check_grouped(GroupedCase c, const std::string& label) {
+  for (const Compute compute : kComputes) {
+    c.compute = compute;
+    check_grouped_arithmetic(c, label + " " + compute_name(compute));
+  }
+}
+
+void check_grouped_arithmetic(const GroupedCase& c, std::string label) {
   Random random(5);
   const reference::Weights w =
-      reference::random_weights(c.format, c.experts, c.n, c.k, c.grid, random);
+      reference::random_weights(c.format, c.experts, c.n, c.k, Grid::kOrdinary, random);
   const std::vector<uint8_t> packed = w.pack(false);
   std::vector<float> bias;
   for (int64_t i = 0; i < c.experts * c.n; ++i)
@@ -476,7 +525,8 @@ void check_grouped(const GroupedCase& c, const std::string& label) {
   Buffer x(c.x_dtype, c.rows * c.k);
   for (int64_t i = 0; i < c.rows * c.k; ++i)
     x.set(i, static_cast<float>(reference::uniform(random, -1, 1)));
-  std::vector<double> want(c.rows * c.n, 0.0);
+  std::vector<double> want(c.rows * c.n, 0.0), values = x.values(c.rows * c.k);
+  if (c.compute == Compute::kW4a8) reference::round_int8(values);
   int64_t row = 0;
   for (size_t g = 0; g < c.sizes.size(); ++g) {
     for (int32_t i = 0; i < c.sizes[g] && row < c.rows; ++i, ++row) {
@@ -484,20 +534,21 @@ void check_grouped(const GroupedCase& c, const std::string& label) {
       if (e < 0 || e >= c.experts) continue;
       for (int64_t n = 0; n < c.n; ++n) {
         double sum = bias[e * c.n + n];
-        for (int64_t k = 0; k < c.k; ++k) sum += w.value(e, n, k) * x.get(row * c.k + k);
+        for (int64_t k = 0; k < c.k; ++k) sum += w.value(e, n, k) * values[row * c.k + k];
         want[row * c.n + n] = sum;
       }
     }
   }
   ThreadPool pool(3);
   for (const Kind& kind : runnable) {
-    if (!kind.suits(c.x_dtype, c.out_dtype)) continue;
+    if (!kind.suits(c.compute, c.x_dtype, c.out_dtype)) continue;
     const auto run = [&](Executor* executor) {
       Buffer out(c.out_dtype, c.rows * c.n);
       GroupedMatmulArgs args;
       args.kernels = kind.table;
       args.tactic = kind.tactic;
       args.format = c.format;
+      args.compute = c.compute;
       args.x_dtype = c.x_dtype;
       args.out_dtype = c.out_dtype;
       args.rows = c.rows;
@@ -562,18 +613,21 @@ void test_every_scale() {
       w.scales.assign(32, static_cast<uint8_t>(byte));
       const std::vector<uint8_t> packed = w.pack(false);
       for (const int64_t rows : {1, 16, 20}) {  // each of the kernels
-        for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+        for (const auto& [dtype, compute] : {std::pair{Dtype::kF32, Compute::kW4a16},
+                                             {Dtype::kBf16, Compute::kW4a16},
+                                             {Dtype::kBf16, Compute::kW4a8}}) {
           Buffer x(dtype, rows * block);
           for (int64_t i = 0; i < rows * block; ++i)
             x.set(i, i % block == i / block % block ? 1.0f : 0.0f);
           const std::vector<int32_t> sizes = {static_cast<int32_t>(rows)};
           for (const Kind& kind : runnable) {
-            if (!kind.suits(dtype, Dtype::kF32)) continue;
+            if (!kind.suits(compute, dtype, Dtype::kF32)) continue;
             Buffer out(Dtype::kF32, rows * 32);
             GroupedMatmulArgs args;
             args.kernels = kind.table;
             args.tactic = kind.tactic;
             args.format = format;
+            args.compute = compute;
             args.x_dtype = dtype;
             args.rows = rows;
             args.n = 32;
@@ -593,7 +647,8 @@ void test_every_scale() {
                 const bool flushed = std::abs(want) < std::ldexp(1.0, -126) && got == 0;
                 const bool right = got == want || flushed;
                 expect(right, right ? ""
-                                    : kind.label + " " + format_name(format) + " scale byte " +
+                                    : kind.label + " " + compute_name(compute) + " " +
+                                          format_name(format) + " scale byte " +
                                           std::to_string(byte) + ": got " + std::to_string(got) +
                                           ", want " + std::to_string(want));
               }
@@ -701,17 +756,122 @@ void test_fixed_range() {
   }
 }
 
+// Blocks of 8-bit integers are what the rule says, to the bit, in both forms; and products of them
+// are exact but for the order of f32 sums.
+void test_int8() {
+  static constexpr int kOrder[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+  Random random(11);
+  std::vector<std::vector<float>> blocks;
+  const auto block = [&](float largest, auto value) {
+    blocks.emplace_back();
+    for (int i = 0; i < 16; ++i) blocks.back().push_back(i == 3 ? largest : value(i));
+  };
+  for (int exponent = -149; exponent < 128; ++exponent) {
+    // Around 127.5 units, where the next power of two takes over, and ties between integers.
+    for (const float factor :
+         {1.0f, 1.5f, 1.9765625f, 1.984375f, 1.992187f, 1.9921875f, 1.9999999f}) {
+      const float largest = std::ldexp(random() % 2 ? factor : -factor, exponent);
+      block(largest, [&](int i) { return largest * (static_cast<float>(i) / 16); });
+      block(largest,
+            [&](int i) { return std::ldexp(static_cast<float>(2 * i + 1), exponent - 7); });
+      block(largest,
+            [&](int) { return largest * static_cast<float>(reference::uniform(random, -1, 1)); });
+    }
+  }
+  block(0.0f, [](int i) { return i % 2 ? 0.0f : -0.0f; });
+  for (const float bad : {kPoison, std::numeric_limits<float>::infinity(), std::ldexp(127.5f, 104),
+                          std::numeric_limits<float>::max()}) {
+    block(-bad, [](int) { return 1.0f; });
+  }
+  block(std::nextafter(std::ldexp(127.5f, 104), 0.0f), [](int) { return 1.0f; });
+#if defined(__x86_64__)
+  const unsigned mode = _mm_getcsr();
+  _mm_setcsr(mode | 0x8040);  // as in a job
+#endif
+  for (const Kind& kind : tables) {
+    for (const std::vector<float>& x : blocks) {
+      std::vector<double> want(x.begin(), x.end());
+      reference::round_int8(want);
+      std::vector<float> rounded = x;
+      kind.table->round_int8(rounded.data(), 16);
+      Int8Block packed;
+      if (kind.table->pack_int8) kind.table->pack_int8(x.data(), 16, &packed);
+      int32_t sum = 0, offset;
+      for (int i = 0; i < 16; ++i) {
+        const std::string name = kind.label + ": " + std::to_string(x[i]) + " of a block of " +
+                                 std::to_string(x[3]) + " as an 8-bit integer";
+        const bool nan = std::isnan(want[i]);
+        expect(nan ? std::isnan(rounded[i]) : rounded[i] == want[i], name + ", rounded");
+        if (!kind.table->pack_int8) continue;
+        const int integer = packed.values[std::find(kOrder, kOrder + 16, i) - kOrder];
+        sum += integer;
+        // 1.5 * 2^(22 + e)
+        const double unit = packed.offset / (1.5 * std::ldexp(1.0, 22));
+        expect(nan ? std::isnan(unit) : integer * unit == want[i] && std::abs(integer) <= 127,
+               name + ", packed");
+      }
+      std::memcpy(&offset, &packed.offset, sizeof(offset));
+      if (kind.table->pack_int8 && !std::isnan(want[0])) {
+        expect(packed.start == offset - 12 * sum, kind.label + ": start of the sums");
+      }
+    }
+  }
+#if defined(__x86_64__)
+  _mm_setcsr(mode);
+#endif
+  constexpr int64_t kColumns = 1088, kBlocks = kColumns / 16;
+  for (const Kind& kind : tables) {
+    if (!kind.table->panel_int8[0]) continue;
+    for (const Format format : {Format::kNvfp4, Format::kMxfp4}) {
+      for (const int rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 31, 70}) {
+        const reference::Weights w =
+            reference::random_weights(format, 1, kPanelLanes, kColumns, Grid::kOrdinary, random);
+        const std::vector<uint8_t> packed = w.pack(false);
+        std::vector<float> x;
+        for (int64_t i = 0; i < rows * kColumns; ++i) {
+          x.push_back(static_cast<float>(
+              std::normal_distribution<double>(0, i % 64 == 5 ? 30 : 1)(random)));
+        }
+        std::vector<double> values(x.begin(), x.end()), got, want;
+        reference::round_int8(values);
+        std::vector<Int8Block> integers(rows * kBlocks);
+        for (int r = 0; r < rows; ++r) {
+          kind.table->pack_int8(x.data() + r * kColumns, kColumns, integers.data() + r * kBlocks);
+        }
+        std::vector<float> c(rows * kPanelLanes, kPoison);
+        kind.table->panel_int8[static_cast<int>(format)](
+            packed.data(), kColumns / kSuperblockK, {integers.data(), kBlocks}, rows, c.data());
+        for (int r = 0; r < rows; ++r) {
+          for (int lane = 0; lane < kPanelLanes; ++lane) {
+            double sum = 0;
+            for (int64_t k = 0; k < kColumns; ++k) {
+              sum += w.value(0, lane, k) * values[r * kColumns + k];
+            }
+            want.push_back(sum);
+            got.push_back(static_cast<double>(c[r * kPanelLanes + lane]) *
+                          kProductExponent[static_cast<int>(format)] * w.global[0]);
+          }
+        }
+        expect_below(reference::relative_error(got, want), 1e-6,
+                     kind.label + " int8 " + format_name(format) + " rows " + std::to_string(rows));
+      }
+    }
+  }
+}
+
 // The thread's floating-point mode must not reach the result, and must be as before.
-void test_float_mode() {
+void test_float_mode(Compute compute) {
 #if defined(__x86_64__)
   constexpr unsigned kDefault = 0x1f80, kFlushing = 0x9fc0;
   Case c;
+  c.compute = compute;
   c.shape = {3, 64, 64, 2, 1};
   c.bias = false;
   c.activation = Activation::kIdentity;
   Layer layer(c);
   for (int64_t i = 0; i < 3 * 64; ++i) layer.x().set(i, i % 2 ? 3e-39f : -1e-38f);
   for (const Kind& kind : runnable) {
+    if (!kind.exists(compute)) continue;
     _mm_setcsr(kDefault);
     const Buffer ordinary = layer.run(kind, nullptr);
     expect(_mm_getcsr() == kDefault, kind.label + ": the float mode is restored");
@@ -723,6 +883,10 @@ void test_float_mode() {
     expect(same_bits(ordinary, flushing), kind.label + ": the caller's float mode does not matter");
   }
 #endif
+}
+
+void test_float_mode() {
+  for (const Compute compute : kComputes) test_float_mode(compute);
 }
 
 // A pool that runs helpers at once and in line, one that never runs them before the job is over,
@@ -781,14 +945,15 @@ int main(int argc, char** argv) {
       {"shapes", &test_shapes},
       {"routings", &test_routings},
       {"exact", &test_exact},
-      {"extremes", &test_extremes},
-      {"segments", &test_segments},
+      {"extremes", static_cast<void (*)()>(&test_extremes)},
+      {"segments", static_cast<void (*)()>(&test_segments)},
       {"chunks", &test_many_tokens_in_chunks},
       {"grouped_matmul", &test_grouped_matmul},
       {"every_scale", &test_every_scale},
       {"fixed", &test_fixed},
       {"fixed_range", &test_fixed_range},
-      {"float_mode", &test_float_mode},
+      {"int8", &test_int8},
+      {"float_mode", static_cast<void (*)()>(&test_float_mode)},
       {"executors", &test_executors},
   };
   std::vector<std::string> variants, names;
@@ -827,8 +992,9 @@ int main(int argc, char** argv) {
 #endif
   for (const Kind& own : tables) {
     runnable.push_back(own);
-    for (const Tactic tactic : named_tactics(*own.table)) {
-      runnable.push_back({own.label + " " + tactic_name(tactic), own.table, tactic});
+    for (const Tactic tactic : kNamedTactics) {
+      const Kind named = {own.label + " " + tactic_name(tactic), own.table, tactic};
+      if (named.exists(Compute::kW4a16) || named.exists(Compute::kW4a8)) runnable.push_back(named);
     }
   }
   for (const auto& [name, test] : tests) {
