@@ -86,7 +86,7 @@ def test_every_code_is_decoded(script, weight_format):
 @both_formats
 def test_ggml_blocks_hold_the_same_numbers(script, problem):
     """Decoded here from ggml's definition: MXFP4 17 bytes for 32 numbers, NVFP4 36 for 64."""
-    of = script("cpu_peers.llama_cpp_python").blocks(
+    of = script("cpu_peers.ggml").blocks(
         problem.down[1], problem.down_scale[1], problem.weight_format
     )
     expected = bits(problem, "down").decode()[1]
