@@ -27,7 +27,7 @@ from jaxmoe import benchmark
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "peers"
-LIBRARIES = ("vllm", "llama.cpp", "ragged_dot")
+LIBRARIES = ("vllm", "llama.cpp", "ik_llama.cpp", benchmark.BASELINE)
 """Whose rows are not jaxmoe's."""
 
 README_LAYER = "qwen3-30b-a3b"
@@ -140,7 +140,7 @@ def _notes(rows: Rows) -> str:
         f"{span(select(rows, implementation=name, compute=compute))} (`{name}`, {compute})"
         for name, compute in _kinds(rows)
     ]
-    found = dict.fromkeys(r["backend"] for r in rows if r["implementation"] in LIBRARIES[:2])
+    found = dict.fromkeys(r["backend"] for r in rows if r["implementation"] in LIBRARIES[:-1])
     text = f"Errors against float64: {', '.join(errors)}. {'; '.join(found)}"
     return textwrap.fill(text.rstrip(". ") + ".", 120, break_on_hyphens=False)
 

