@@ -186,6 +186,7 @@ struct TileMultiply {
 template <class Tiles>
 constexpr void fill_amx_kernels(Kernels& table) {
   fill_tiles<TileMultiply<Tiles>>(table);
+  table.whole_tiles = true;
   table.max_int8_rows = TileMultiply<Tiles>::kMaxInt8Rows;
   table.enter = &Tiles::configure;
   table.leave = &Tiles::release;

@@ -104,14 +104,33 @@ struct PanelTiles {
 
   static void run(const uint8_t* panel, int64_t superblocks, const TileRows& a, int rows, float* c,
                   float* scratch) {
-    Multiply::run(
-        [&](int64_t first, int count, uint8_t* tiles) JAXMOE_LAMBDA {
-          for (int i = 0; i < count; ++i) {
-            decode(panel + (first + i) * kBytes, tiles + i * kDecodedBytes);
-          }
-        },
-        reinterpret_cast<uint8_t*>(scratch), superblocks, a, rows, c);
+    Multiply::run(Decoder{panel}, reinterpret_cast<uint8_t*>(scratch), superblocks, a, rows, c);
   }
+
+  // What decodes the superblocks of a panel into tiles.
+  struct Decoder {
+    static constexpr int kGroups = kSuperblockK / 8;  // of a superblock
+
+    const uint8_t* panel;
+
+    // `count` superblocks from `first` on.
+    JAXMOE_INLINE void operator()(int64_t first, int count, uint8_t* tiles) const {
+      for (int i = 0; i < count; ++i) {
+        decode(panel + (first + i) * kBytes, tiles + i * kDecodedBytes);
+      }
+    }
+    // One of the groups of eight k of the superblocks from `first` on.
+    JAXMOE_INLINE void group(int64_t first, int index, uint8_t* tiles) const {
+      const int s = index / kGroups, group = index % kGroups;
+      const uint8_t* superblock = panel + (first + s) * kBytes;
+      for (int i = 0; i < 3; ++i) {
+        __builtin_prefetch(superblock + kPrefetchBytes + group * kBytes / kGroups + i * 64);
+      }
+      decode_group<Scale>(superblock, group, tiles + s * kDecodedBytes,
+                          [](auto j, __m512i codes, const Scale& scale)
+                              JAXMOE_LAMBDA { return scaled_pairs<j>(codes, scale); });
+    }
+  };
 
  private:
   static JAXMOE_INLINE void store_pair(uint8_t* tiles, int group, int half, int j, __m512i pairs) {
@@ -164,15 +183,30 @@ struct PanelTiles {
         const Scales scale(superblock + block * kPanelLanes + half * 16);
 #pragma GCC unroll 4
         for (int g = 0; g < kBlock / 8; ++g) {
-          const int group = block * (kBlock / 8) + g;
-          const __m512i codes =
-              _mm512_loadu_si512(superblock + kScaleBytes + group * 128 + half * 64);
-          unroll(std::make_integer_sequence<int, 4>{}, [&](auto j) JAXMOE_LAMBDA {
-            store_pair(tiles, group, half, j, pairs(j, codes, scale));
-          });
+          decode_half(superblock, block * (kBlock / 8) + g, half, tiles, scale, pairs);
         }
       }
     }
+  }
+
+  template <class Scales, class Function>
+  static JAXMOE_INLINE void decode_group(const uint8_t* superblock, int group, uint8_t* tiles,
+                                         Function pairs) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const Scales scale(superblock + group * 8 / kBlock * kPanelLanes + half * 16);
+      decode_half(superblock, group, half, tiles, scale, pairs);
+    }
+  }
+
+  // Eight k of sixteen lanes.
+  template <class Scales, class Function>
+  static JAXMOE_INLINE void decode_half(const uint8_t* superblock, int group, int half,
+                                        uint8_t* tiles, const Scales& scale, Function pairs) {
+    const __m512i codes = _mm512_loadu_si512(superblock + kScaleBytes + group * 128 + half * 64);
+    unroll(std::make_integer_sequence<int, 4>{}, [&](auto j) JAXMOE_LAMBDA {
+      store_pair(tiles, group, half, j, pairs(j, codes, scale));
+    });
   }
 };
 
