@@ -2,6 +2,8 @@
 //
 // Streaming reads the panel as kernel_f32.h does, with a pair of codes per lookup and per product:
 // e2m1 is bf16 without its scale, a block is summed unscaled and joins the accumulator by one FMA.
+// With more rows the first pass over a chunk of decoded weights decodes the next chunk, eight k at
+// a time, on the pipes that products leave free.
 #include <algorithm>
 #include <utility>
 
@@ -12,9 +14,8 @@ namespace {
 
 struct Vdpbf16ps {
   using Half = NoHalf;
-  static constexpr int kMaxRows = 8;  // of a pass: 8 x 2 accumulators, half a tile
-  // One tile without padding, two passes; measured crossover with the decoded weights.
-  static constexpr int kMaxStreamRows = 16;
+  static constexpr int kMaxRows = 8;         // of a pass: 8 x 2 accumulators
+  static constexpr int kMaxStreamRows = 16;  // measured crossover with the decoded weights
 
   template <Format kFormat>
   static void stream(const uint8_t* panel, int64_t superblocks, const TileRows& a, int rows,
@@ -44,7 +45,7 @@ struct Vdpbf16ps {
     const auto count_at = [&](int64_t first) {
       return static_cast<int>(std::min<int64_t>(step, superblocks - first));
     };
-    decoder(0, count_at(0), decoded);
+    decoder.superblocks(0, count_at(0), decoded);
     for (int64_t first = 0; first < superblocks; first += step) {
       const int64_t next = first + step;
       const int groups = next < superblocks ? count_at(next) * Decoder::kGroups : 0;
@@ -77,10 +78,15 @@ struct Vdpbf16ps {
                                     const DecodeNext& decode_next) {
     using Function = void (*)(const uint8_t*, int, const TileRows&, const uint8_t*, float*, bool,
                               const DecodeNext&);
-    static constexpr Function kPass[kMaxRows + 1] = {
-        nullptr, &pass<1, DecodeNext>, &pass<2, DecodeNext>, &pass<3, DecodeNext>,
-        &pass<4, DecodeNext>, &pass<5, DecodeNext>, &pass<6, DecodeNext>, &pass<7, DecodeNext>,
-        &pass<8, DecodeNext>};
+    static constexpr Function kPass[kMaxRows + 1] = {nullptr,
+                                                     &pass<1, DecodeNext>,
+                                                     &pass<2, DecodeNext>,
+                                                     &pass<3, DecodeNext>,
+                                                     &pass<4, DecodeNext>,
+                                                     &pass<5, DecodeNext>,
+                                                     &pass<6, DecodeNext>,
+                                                     &pass<7, DecodeNext>,
+                                                     &pass<8, DecodeNext>};
     kPass[rows](b, k_blocks, a, x, c, first, decode_next);
   }
 

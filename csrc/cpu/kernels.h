@@ -130,8 +130,8 @@ struct Kernels {
   int max_int8_rows = 0;
 
   // The same on bf16 tiles; null where f32 kernels do this. `c` has room for rows rounded up to
-  // tiles of 16; so have the rows if they meet decoded weights and `whole_tiles` asks for it. Any other
-  // rows are one tile without padding.
+  // tiles of 16; so have the rows if they meet decoded weights and `whole_tiles` asks for it. Any
+  // other rows are one tile without padding.
   using PanelTiles = void (*)(const uint8_t* panel, int64_t superblocks, const TileRows& a,
                               int rows, float* c, float* scratch);
   PanelTiles stream_tiles[kNumFormats] = {};
