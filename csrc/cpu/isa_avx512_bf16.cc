@@ -2,6 +2,11 @@
 //
 // Streaming reads the panel as kernel_f32.h does, with a pair of codes per lookup and per product:
 // e2m1 is bf16 without its scale, a block is summed unscaled and joins the accumulator by one FMA.
+// With more rows the first pass over a chunk of decoded weights decodes the next chunk, eight k at
+// a time, on the pipes that products leave free.
+#include <algorithm>
+#include <utility>
+
 #include "cpu/kernel_tiles.h"
 
 namespace jaxmoe::cpu {
@@ -9,9 +14,8 @@ namespace {
 
 struct Vdpbf16ps {
   using Half = NoHalf;
-  static constexpr int kMaxRows = 8;  // of a pass: 8 x 2 accumulators, half a tile
-  // One tile without padding, two passes; measured crossover with the decoded weights.
-  static constexpr int kMaxStreamRows = 16;
+  static constexpr int kMaxRows = 8;         // of a pass: 8 x 2 accumulators
+  static constexpr int kMaxStreamRows = 16;  // measured crossover with the decoded weights
 
   template <Format kFormat>
   static void stream(const uint8_t* panel, int64_t superblocks, const TileRows& a, int rows,
@@ -31,38 +35,68 @@ struct Vdpbf16ps {
     });
   }
 
-  template <class Decode>
-  static void run(Decode decode, uint8_t* tiles, int64_t superblocks, const TileRows& a, int rows,
-                  float* c) {
+  template <class Decoder>
+  static void run(const Decoder& decoder, uint8_t* tiles, int64_t superblocks, const TileRows& a,
+                  int rows, float* c) {
     // Few rows: a smaller chunk leaves L1 to them. Many: a larger one saves trips of c.
-    for_chunks(superblocks, rows <= 32 ? 2 : kMaxChunk, [&](int64_t first, int count) {
-      decode(first, count, tiles);
-      multiply(tiles, count * 2, a, first * 2, rows, c, first == 0);
-    });
+    const int step = rows <= 32 ? 2 : kMaxChunk;
+    uint8_t* decoded = tiles;
+    uint8_t* other = tiles + step * kDecodedBytes;
+    const auto count_at = [&](int64_t first) {
+      return static_cast<int>(std::min<int64_t>(step, superblocks - first));
+    };
+    decoder.superblocks(0, count_at(0), decoded);
+    for (int64_t first = 0; first < superblocks; first += step) {
+      const int64_t next = first + step;
+      const int groups = next < superblocks ? count_at(next) * Decoder::kGroups : 0;
+      const auto decode_next = [&](int group) JAXMOE_LAMBDA {
+        if (group < groups) decoder.group(next, group, other);
+      };
+      multiply(decoded, count_at(first) * 2, a, first * 2, rows, c, first == 0, decode_next);
+      std::swap(decoded, other);
+    }
   }
 
  private:
+  template <class DecodeNext>
   static void multiply(const uint8_t* b, int k_blocks, const TileRows& a, int64_t first_block,
-                       int rows, float* c, bool first) {
-    static constexpr Function kPass[kMaxRows + 1] = {
-        nullptr, &pass<1>, &pass<2>, &pass<3>, &pass<4>, &pass<5>, &pass<6>, &pass<7>, &pass<8>};
+                       int rows, float* c, bool first, const DecodeNext& decode_next) {
     for_passes(rows, [&](int begin, int count) {
-      kPass[count](b, k_blocks, a.at(begin, first_block * TileRows::kTileK), a.planes,
-                   a.plane_stride(), c + begin * kPanelLanes, first);
+      const uint8_t* x = a.at(begin, first_block * TileRows::kTileK);
+      float* sums = c + begin * kPanelLanes;
+      if (begin == 0) {
+        pass_of(count, b, k_blocks, x, a, sums, first, decode_next);
+      } else {
+        pass_of(count, b, k_blocks, x, a, sums, first, Nothing{});
+      }
     });
   }
 
-  // Calls visit(begin, count) for passes of nearly equal size, each within a tile.
+  template <class DecodeNext>
+  static JAXMOE_INLINE void pass_of(int rows, const uint8_t* b, int k_blocks, const uint8_t* x,
+                                    const TileRows& a, float* c, bool first,
+                                    const DecodeNext& decode_next) {
+    using Function = void (*)(const uint8_t*, int, const TileRows&, const uint8_t*, float*, bool,
+                              const DecodeNext&);
+    static constexpr Function kPass[kMaxRows + 1] = {nullptr,
+                                                     &pass<1, DecodeNext>,
+                                                     &pass<2, DecodeNext>,
+                                                     &pass<3, DecodeNext>,
+                                                     &pass<4, DecodeNext>,
+                                                     &pass<5, DecodeNext>,
+                                                     &pass<6, DecodeNext>,
+                                                     &pass<7, DecodeNext>,
+                                                     &pass<8, DecodeNext>};
+    kPass[rows](b, k_blocks, a, x, c, first, decode_next);
+  }
+
+  // Calls visit(begin, count) for passes of nearly equal size.
   template <class Visit>
   static JAXMOE_INLINE void for_passes(int rows, Visit visit) {
-    for (int tile = 0; tile < rows; tile += TileRows::kTileRows) {
-      const int left = rows - tile;
-      const int valid = left < TileRows::kTileRows ? left : TileRows::kTileRows;
-      const int passes = (valid + kMaxRows - 1) / kMaxRows;
-      for (int p = 0; p < passes; ++p) {
-        const int begin = valid * p / passes, end = valid * (p + 1) / passes;
-        visit(tile + begin, end - begin);
-      }
+    const int passes = (rows + kMaxRows - 1) / kMaxRows;
+    for (int p = 0; p < passes; ++p) {
+      const int begin = rows * p / passes, end = rows * (p + 1) / passes;
+      visit(begin, end - begin);
     }
   }
 
@@ -128,31 +162,35 @@ struct Vdpbf16ps {
     }
   }
 
-  using Function = void (*)(const uint8_t*, int, const uint8_t*, int, int64_t, float*, bool);
+  struct Nothing {
+    JAXMOE_INLINE void operator()(int) const {}
+  };
 
-  template <int kRows>
-  static void pass(const uint8_t* b, int k_blocks, const uint8_t* a, int planes,
-                   int64_t plane_stride, float* c, bool first) {
+  template <int kRows, class DecodeNext>
+  static void pass(const uint8_t* b, int k_blocks, const TileRows& a, const uint8_t* a0, float* c,
+                   bool first, const DecodeNext& decode_next) {
     __m512 sums[kRows][2];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       sums[r][0] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kPanelLanes);
       sums[r][1] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kPanelLanes + 16);
     }
-    for (int plane = 0; plane < planes; ++plane) {
+    for (int plane = 0; plane < a.planes; ++plane) {
       for (int block = 0; block < k_blocks; ++block) {
         const uint8_t* weights = b + block * 2 * kWeightTileBytes;
-        const uint8_t* x =
-            a + plane * plane_stride + block * TileRows::kTileRows * TileRows::kRowBytes;
-        for (int pair = 0; pair < TileRows::kTileK / 2; ++pair) {
-          const __m512bh low = (__m512bh)_mm512_loadu_si512(weights + pair * 64);
-          const __m512bh high =
-              (__m512bh)_mm512_loadu_si512(weights + kWeightTileBytes + pair * 64);
+        const uint8_t* x = a0 + plane * a.plane_stride() + block * a.block_stride();
+        for (int group = 0; group < 4; ++group) {
+          if (plane == 0) decode_next(block * 4 + group);
+          for (int pair = group * 4; pair < group * 4 + 4; ++pair) {
+            const __m512bh low = (__m512bh)_mm512_loadu_si512(weights + pair * 64);
+            const __m512bh high =
+                (__m512bh)_mm512_loadu_si512(weights + kWeightTileBytes + pair * 64);
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            const __m512bh both = broadcast_pair(x + r * TileRows::kRowBytes + pair * 4);
-            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], both, low);
-            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], both, high);
+            for (int r = 0; r < kRows; ++r) {
+              const __m512bh both = broadcast_pair(x + r * TileRows::kRowBytes + pair * 4);
+              sums[r][0] = _mm512_dpbf16_ps(sums[r][0], both, low);
+              sums[r][1] = _mm512_dpbf16_ps(sums[r][1], both, high);
+            }
           }
         }
       }

@@ -18,21 +18,21 @@ struct TileMultiply {
   static constexpr int kProductStride = kPanelLanes * 4;               // bytes
   static constexpr int kProducts = TileRows::kTileRows * kPanelLanes;  // of a tile of rows
 
-  template <class Decode>
-  static void run(Decode decode, uint8_t* tiles, int64_t superblocks, const TileRows& a, int rows,
-                  float* c) {
+  template <class Decoder>
+  static void run(const Decoder& decoder, uint8_t* tiles, int64_t superblocks, const TileRows& a,
+                  int rows, float* c) {
     switch ((rows + TileRows::kTileRows - 1) / TileRows::kTileRows) {
       case 1:
-        return resident<1>(decode, tiles, superblocks, a, c);
+        return resident<1>(decoder, tiles, superblocks, a, c);
       case 2:
-        return resident<2>(decode, tiles, superblocks, a, c);
+        return resident<2>(decoder, tiles, superblocks, a, c);
       case 3:
-        return resident<3>(decode, tiles, superblocks, a, c);
+        return resident<3>(decoder, tiles, superblocks, a, c);
     }
     // Measured: with 96 rows or fewer the trips of c cost less than a larger chunk in L1.
     const int step = rows <= 96 ? 2 : kMaxChunk;
     const int passes = (rows + kPassRows - 1) / kPassRows;
-    Chunks<Decode> chunks(decode, tiles, superblocks, step);
+    Chunks<Decoder> chunks(decoder, tiles, superblocks, step);
     for (int64_t first = 0; first < superblocks; first += step) {
       const uint8_t* weights = chunks.take();
       for (int i = 0; i < passes; ++i) {
@@ -57,11 +57,11 @@ struct TileMultiply {
 
   // Chunks of decoded superblocks, one ahead: products of a chunk wait neither for the stores of
   // its weights, nor do the vector instructions that decode the next one wait for the products.
-  template <class Decode>
+  template <class Decoder>
   class Chunks {
    public:
-    JAXMOE_INLINE Chunks(Decode decode, uint8_t* tiles, int64_t superblocks, int step)
-        : decode_(decode),
+    JAXMOE_INLINE Chunks(const Decoder& decoder, uint8_t* tiles, int64_t superblocks, int step)
+        : decoder_(decoder),
           tiles_{tiles, tiles + step * kDecodedBytes},
           left_(superblocks),
           step_(step) {
@@ -86,7 +86,7 @@ struct TileMultiply {
     // Part `part` of `parts` of the one after it.
     JAXMOE_INLINE void decode_next(int part, int parts) {
       const int until = next_count_ * (part + 1) / parts;
-      decode_(first_ + done_, until - done_, tiles_[0] + done_ * kDecodedBytes);
+      decoder_.superblocks(first_ + done_, until - done_, tiles_[0] + done_ * kDecodedBytes);
       done_ = until;
     }
 
@@ -95,7 +95,7 @@ struct TileMultiply {
       return static_cast<int>(left < step_ ? left : step_);
     }
 
-    Decode decode_;
+    Decoder decoder_;
     uint8_t* tiles_[2];  // of the next chunk, and of this one
     int64_t first_ = 0;  // superblock of the next chunk
     int64_t left_;       // superblocks from there on
@@ -103,11 +103,11 @@ struct TileMultiply {
   };
 
   // All rows at once, in up to three tiles: the products stay in registers.
-  template <int kRowTiles, class Decode>
-  static void resident(Decode decode, uint8_t* tiles, int64_t superblocks, const TileRows& a,
-                       float* c) {
+  template <int kRowTiles, class Decoder>
+  static void resident(const Decoder& decoder, uint8_t* tiles, int64_t superblocks,
+                       const TileRows& a, float* c) {
     zero<kRowTiles>();
-    Chunks<Decode> chunks(decode, tiles, superblocks, 1);
+    Chunks<Decoder> chunks(decoder, tiles, superblocks, 1);
     for (int64_t s = 0; s < superblocks; ++s) {
       const uint8_t* weights = chunks.take();
       chunks.decode_next(0, 1);
@@ -186,6 +186,7 @@ struct TileMultiply {
 template <class Tiles>
 constexpr void fill_amx_kernels(Kernels& table) {
   fill_tiles<TileMultiply<Tiles>>(table);
+  table.whole_tiles = true;
   table.max_int8_rows = TileMultiply<Tiles>::kMaxInt8Rows;
   table.enter = &Tiles::configure;
   table.leave = &Tiles::release;

@@ -25,15 +25,6 @@ constexpr int kMaxChunk = 4;            // superblocks
 constexpr int kDecodedBytes = kSuperblockK * kPanelLanes * 2;
 static_assert(2 * kMaxChunk * kDecodedBytes <= Kernels::kDecodedFloats * 4);
 
-// Calls visit(first, count) for all superblocks, `step` at a time.
-template <class Visit>
-JAXMOE_INLINE void for_chunks(int64_t superblocks, int step, Visit visit) {
-  for (int64_t first = 0; first < superblocks; first += step) {
-    const int64_t left = superblocks - first;
-    visit(first, static_cast<int>(left < step ? left : step));
-  }
-}
-
 // e2m1 as bf16, by five index bits of which the fifth is another code's.
 inline __m512i bf16_values() {
   alignas(64) static constexpr uint16_t kValues[32] = {
@@ -104,46 +95,42 @@ struct PanelTiles {
 
   static void run(const uint8_t* panel, int64_t superblocks, const TileRows& a, int rows, float* c,
                   float* scratch) {
-    Multiply::run(
-        [&](int64_t first, int count, uint8_t* tiles) JAXMOE_LAMBDA {
-          for (int i = 0; i < count; ++i) {
-            decode(panel + (first + i) * kBytes, tiles + i * kDecodedBytes);
-          }
-        },
-        reinterpret_cast<uint8_t*>(scratch), superblocks, a, rows, c);
+    Multiply::run(Decoder{panel}, reinterpret_cast<uint8_t*>(scratch), superblocks, a, rows, c);
   }
+
+  // Decodes a panel into tiles, in pieces that Multiply asks for.
+  struct Decoder {
+    static constexpr int kGroups = kSuperblockK / 8;  // of a superblock
+
+    const uint8_t* panel;
+
+    // `count` superblocks from `first` on.
+    JAXMOE_INLINE void superblocks(int64_t first, int count, uint8_t* tiles) const {
+      for (int i = 0; i < count; ++i) {
+        const uint8_t* superblock = panel + (first + i) * kBytes;
+        for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(superblock + kPrefetchBytes + b);
+        choose(superblock, [&](auto scales, auto pairs) JAXMOE_LAMBDA {
+          decode_blocks(superblock, tiles + i * kDecodedBytes, scales, pairs);
+        });
+      }
+    }
+    // Of the superblocks from `first` on, one of the groups of eight k.
+    JAXMOE_INLINE void group(int64_t first, int index, uint8_t* tiles) const {
+      constexpr int kShare = (kBytes + kGroups - 1) / kGroups;
+      const int s = index / kGroups, group = index % kGroups;
+      const uint8_t* superblock = panel + (first + s) * kBytes;
+      const uint8_t* later = superblock + kPrefetchBytes + group * kShare;
+      for (int b = 0; b < kShare; b += 64) __builtin_prefetch(later + b);
+      choose(superblock, [&](auto scales, auto pairs) JAXMOE_LAMBDA {
+        decode_group(superblock, group, tiles + s * kDecodedBytes, scales, pairs);
+      });
+    }
+  };
 
  private:
   static JAXMOE_INLINE void store_pair(uint8_t* tiles, int group, int half, int j, __m512i pairs) {
     const int k_block = group / 4, pair_row = group % 4 * 4 + j;
     _mm512_storeu_si512(tiles + (k_block * 2 + half) * kWeightTileBytes + pair_row * 64, pairs);
-  }
-
-  static void decode(const uint8_t* superblock, uint8_t* tiles) {
-    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(superblock + kPrefetchBytes + i);
-    const __m512i scales = _mm512_loadu_si512(superblock);
-    if constexpr (kFormat == Format::kMxfp4) {
-      const __m512i from_two = _mm512_sub_epi8(scales, _mm512_set1_epi8(2));
-      if (_mm512_cmpgt_epu8_mask(from_two, _mm512_set1_epi8(static_cast<char>(250))) == 0) {
-        const __m512i one = _mm512_set1_epi16(127 << 7);
-        return decode_blocks<Words>(
-            superblock, tiles, [&](auto j, __m512i codes, const Words& scale) JAXMOE_LAMBDA {
-              return shifted_pairs<j>(codes, _mm512_sub_epi16(scale.words, one));
-            });
-      }
-    } else if constexpr (kHasHalf) {
-      const __m512i more = _mm512_loadu_si512(superblock + 64);
-      const __m512i least = _mm512_min_epi8(scales, more);
-      if (_mm512_cmple_epi8_mask(least, _mm512_setzero_si512()) == 0) {  // as in every real block
-        return decode_blocks<Words>(
-            superblock, tiles, [](auto j, __m512i codes, const Words& scale) JAXMOE_LAMBDA {
-              return half_pairs<j, typename Multiply::Half>(codes, scale.words);
-            });
-      }
-    }
-    decode_blocks<Scale>(superblock, tiles,
-                         [](auto j, __m512i codes, const Scale& scale)
-                             JAXMOE_LAMBDA { return scaled_pairs<j>(codes, scale); });
   }
 
   // A lane's scale byte, moved up by 7 bits, in both words of its dword.
@@ -156,23 +143,65 @@ struct PanelTiles {
     }
   };
 
-  template <class Scales, class Function>
-  static JAXMOE_INLINE void decode_blocks(const uint8_t* superblock, uint8_t* tiles,
-                                          Function pairs) {
+  // Calls visit(scales, pairs) for the fastest way that is exact for this superblock: scales(bytes)
+  // is what pairs(index, codes, scale) takes for sixteen lanes of a block.
+  template <class Visit>
+  static JAXMOE_INLINE void choose(const uint8_t* superblock, Visit visit) {
+    const auto words = [](const uint8_t* bytes) JAXMOE_LAMBDA { return Words(bytes); };
+    const __m512i bytes = _mm512_loadu_si512(superblock);
+    if constexpr (kFormat == Format::kMxfp4) {
+      const __m512i from_two = _mm512_sub_epi8(bytes, _mm512_set1_epi8(2));
+      if (_mm512_cmpgt_epu8_mask(from_two, _mm512_set1_epi8(static_cast<char>(250))) == 0) {
+        const __m512i one = _mm512_set1_epi16(127 << 7);
+        return visit(words, [=](auto j, __m512i codes, const Words& scale) JAXMOE_LAMBDA {
+          return shifted_pairs<j>(codes, _mm512_sub_epi16(scale.words, one));
+        });
+      }
+    } else if constexpr (kHasHalf) {
+      const __m512i least = _mm512_min_epi8(bytes, _mm512_loadu_si512(superblock + 64));
+      if (_mm512_cmple_epi8_mask(least, _mm512_setzero_si512()) == 0) {  // as in every real block
+        return visit(words, [](auto j, __m512i codes, const Words& scale) JAXMOE_LAMBDA {
+          return half_pairs<j, typename Multiply::Half>(codes, scale.words);
+        });
+      }
+    }
+    visit([](const uint8_t* p) JAXMOE_LAMBDA { return Scale(p); },
+          [](auto j, __m512i codes, const Scale& scale)
+              JAXMOE_LAMBDA { return scaled_pairs<j>(codes, scale); });
+  }
+
+  template <class Scales, class Pairs>
+  static JAXMOE_INLINE void decode_blocks(const uint8_t* superblock, uint8_t* tiles, Scales scales,
+                                          Pairs pairs) {
     for (int block = 0; block < kSuperblockK / kBlock; ++block) {
       for (int half = 0; half < 2; ++half) {
-        const Scales scale(superblock + block * kPanelLanes + half * 16);
+        const auto scale = scales(superblock + block * kPanelLanes + half * 16);
 #pragma GCC unroll 4
         for (int g = 0; g < kBlock / 8; ++g) {
-          const int group = block * (kBlock / 8) + g;
-          const __m512i codes =
-              _mm512_loadu_si512(superblock + kScaleBytes + group * 128 + half * 64);
-          unroll(std::make_integer_sequence<int, 4>{}, [&](auto j) JAXMOE_LAMBDA {
-            store_pair(tiles, group, half, j, pairs(j, codes, scale));
-          });
+          decode_half(superblock, block * (kBlock / 8) + g, half, tiles, scale, pairs);
         }
       }
     }
+  }
+
+  template <class Scales, class Pairs>
+  static JAXMOE_INLINE void decode_group(const uint8_t* superblock, int group, uint8_t* tiles,
+                                         Scales scales, Pairs pairs) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const auto scale = scales(superblock + group * 8 / kBlock * kPanelLanes + half * 16);
+      decode_half(superblock, group, half, tiles, scale, pairs);
+    }
+  }
+
+  // Eight k of sixteen lanes.
+  template <class AnyScale, class Pairs>
+  static JAXMOE_INLINE void decode_half(const uint8_t* superblock, int group, int half,
+                                        uint8_t* tiles, const AnyScale& scale, Pairs pairs) {
+    const __m512i codes = _mm512_loadu_si512(superblock + kScaleBytes + group * 128 + half * 64);
+    unroll(std::make_integer_sequence<int, 4>{}, [&](auto j) JAXMOE_LAMBDA {
+      store_pair(tiles, group, half, j, pairs(j, codes, scale));
+    });
   }
 };
 

@@ -23,12 +23,13 @@ struct TileRows {
   uint8_t* data = nullptr;
   int64_t k_blocks = 0;
   int planes = 1;
-  int tile_rows = kTileRows;  // 16, or fewer where the only tile would not be full
+  int tile_rows = kTileRows;  // 16; or all rows, in the only tile
 
   inline __attribute__((always_inline)) uint8_t* at(int64_t row, int64_t k) const {
     // A tile with fewer rows is the only one.
-    return data + ((row / kTileRows * planes) * k_blocks + k / kTileK) * block_stride() +
-           row % kTileRows * kRowBytes + k % kTileK * 2;
+    const int64_t tile = tile_rows == kTileRows ? row / kTileRows : 0;
+    return data + (tile * planes * k_blocks + k / kTileK) * block_stride() +
+           (row - tile * kTileRows) * kRowBytes + k % kTileK * 2;
   }
   inline __attribute__((always_inline)) int64_t block_stride() const {
     return int64_t{tile_rows} * kRowBytes;
@@ -129,12 +130,13 @@ struct Kernels {
   int max_int8_rows = 0;
 
   // The same on bf16 tiles; null where f32 kernels do this. `c` has room for rows rounded up to
-  // whole tiles. Streamed rows may be one tile without padding rows; decoded weights meet whole
-  // tiles.
+  // tiles of 16; so have the rows if they meet decoded weights and `whole_tiles` asks for it. Any
+  // other rows are one tile without padding.
   using PanelTiles = void (*)(const uint8_t* panel, int64_t superblocks, const TileRows& a,
                               int rows, float* c, float* scratch);
   PanelTiles stream_tiles[kNumFormats] = {};
   PanelTiles panel_tiles[kNumFormats] = {};
+  bool whole_tiles = false;
 
   // Stores columns [k, k + n) of one row of tiles, n a multiple of 16.
   void (*pack_tile_f32)(const float* values, int64_t n, const TileRows& tiles, int64_t row,

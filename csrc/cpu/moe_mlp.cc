@@ -16,7 +16,7 @@ namespace {
 // reading the weights once more.
 constexpr int64_t kWorkspaceTarget = int64_t{31} << 20;
 constexpr int64_t kMinChunkTokens = 512;
-constexpr int64_t kMaxChunkTokens = 4096;
+constexpr int64_t kMaxChunkTokens = 2048;
 // Rows of a segment: few enough that operand and products stay in L2.
 constexpr int64_t kSegmentBytes = int64_t{1} << 20;
 constexpr int kMaxSegmentRows = 256;

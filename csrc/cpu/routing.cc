@@ -81,6 +81,7 @@ SegmentRule segment_rule(const Kernels& kernels, Compute compute, Dtype dtype, b
   rule.max_stream_rows = kernels.max_stream_rows;
   if (kernels.stream_tiles[0]) rule.stream_form = RowForm::kTiles;
   if (kernels.panel_tiles[0]) rule.tiles_form = RowForm::kTiles;
+  rule.whole_tiles = kernels.whole_tiles;
   // 8-bit integers times a power of two are exact in bf16.
   rule.planes = compute == Compute::kW4a8 ? 1 : tile_planes(dtype);
   return rule;
@@ -92,14 +93,13 @@ int64_t append_segments(const SegmentRule& rule, int64_t expert, int64_t first_r
   const Tactic chosen = rule.choose(rows);
   const RowForm form = rule.form(chosen);
   const bool streamed = chosen == Tactic::kStream;
-  const int tile_rows = streamed ? static_cast<int>(std::min<int64_t>(rows, TileRows::kTileRows))
-                                 : TileRows::kTileRows;
   const int64_t max_rows = form == RowForm::kF32 ? rule.max_rows_f32 : rule.max_rows;
   const int64_t count = ceil_div(rows, max_rows);
   // Equal shares in whole tiles, so that only an expert's last tile is partial.
   const int64_t share = std::min(max_rows, round_up(ceil_div(rows, count), TileRows::kTileRows));
   for (int64_t done = 0; done < rows; done += share) {
     const int here = static_cast<int>(std::min(share, rows - done));
+    const int tile_rows = rule.whole_tiles && !streamed ? TileRows::kTileRows : here;
     segments.push_back({expert, first_row + done, here, form, streamed, tile_rows, hidden_offset});
     hidden_offset += rule.hidden_bytes(segments.back());
   }

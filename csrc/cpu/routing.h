@@ -36,6 +36,7 @@ struct SegmentRule {
   RowForm integer_form = RowForm::kFixed;
   RowForm stream_form = RowForm::kF32;
   RowForm tiles_form = RowForm::kF32;
+  bool whole_tiles = false;    // see Kernels
   bool round_int8 = false;     // rows in other forms become the values of Int8Block first
   int max_rows_f32 = 0;        // of a segment; multiples of 16
   int max_rows = 0;            // of a segment in any other form
