@@ -131,9 +131,7 @@ void Isa::stream(const uint8_t* panel, int64_t superblocks, const float* const* 
 
   F sums[kVectors][kRows] = {};
   for (int64_t s = 0; s < superblocks; ++s, panel += kBytes) {
-    for (int i = 0; i < kBytes; i += 64) {
-      __builtin_prefetch(panel + PanelF32<Isa, kFormat>::kPrefetchBytes + i);
-    }
+    prefetch_ahead<kBytes>(panel);
     float x[kRows][kSuperblockK];
     for (int r = 0; r < kRows; ++r) {
       for (int k = 0; k < kSuperblockK; k += 8) {

@@ -118,9 +118,7 @@ struct Vdpbf16ps {
     const uint8_t* x0 = a.at(first_row, 0);
     __m512 sums[2][kRows] = {};
     for (int64_t s = 0; s < superblocks; ++s, panel += kBytes) {
-      for (int i = 0; i < kBytes; i += 64) {
-        __builtin_prefetch(panel + PanelF32<Isa, kFormat>::kPrefetchBytes + i);
-      }
+      prefetch_ahead<kBytes>(panel);
       const uint8_t* codes = panel + scale_bytes(kFormat);
       for (int b = 0; b < kBlocks; ++b) {
         const int64_t k0 = s * kSuperblockK + b * kBlock;

@@ -83,9 +83,7 @@ struct PanelFixed {
     F sums[kVectors][kRows] = {};
     const Block* blocks = a.data;
     for (int64_t s = 0; s < superblocks; ++s, panel += kBytes) {
-      for (int i = 0; i < kBytes; i += 64) {
-        __builtin_prefetch(panel + PanelF32<Isa, kFormat>::kPrefetchBytes + i);
-      }
+      prefetch_ahead<kBytes>(panel);
       const uint8_t* codes = panel + scale_bytes(kFormat);
 #pragma GCC unroll 4
       for (int b = 0; b < kBlocks; ++b, blocks += kHalves, codes += kBlock / 8 * kGroupBytes) {

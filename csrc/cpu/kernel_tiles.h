@@ -90,7 +90,6 @@ struct PanelTiles {
   static constexpr int kBlock = block_size(kFormat);
   static constexpr int kScaleBytes = scale_bytes(kFormat);
   static constexpr int kBytes = superblock_bytes(kFormat);
-  static constexpr int kPrefetchBytes = PanelF32<Isa, kFormat>::kPrefetchBytes;
   static constexpr bool kHasHalf = !std::is_same_v<typename Multiply::Half, NoHalf>;
 
   static void run(const uint8_t* panel, int64_t superblocks, const TileRows& a, int rows, float* c,
@@ -108,7 +107,7 @@ struct PanelTiles {
     JAXMOE_INLINE void superblocks(int64_t first, int count, uint8_t* tiles) const {
       for (int i = 0; i < count; ++i) {
         const uint8_t* superblock = panel + (first + i) * kBytes;
-        for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(superblock + kPrefetchBytes + b);
+        prefetch_ahead<kBytes>(superblock);
         choose(superblock, [&](auto scales, auto pairs) JAXMOE_LAMBDA {
           decode_blocks(superblock, tiles + i * kDecodedBytes, scales, pairs);
         });
@@ -119,8 +118,7 @@ struct PanelTiles {
       constexpr int kShare = (kBytes + kGroups - 1) / kGroups;
       const int s = index / kGroups, group = index % kGroups;
       const uint8_t* superblock = panel + (first + s) * kBytes;
-      const uint8_t* later = superblock + kPrefetchBytes + group * kShare;
-      for (int b = 0; b < kShare; b += 64) __builtin_prefetch(later + b);
+      prefetch_ahead<kShare>(superblock + group * kShare);
       choose(superblock, [&](auto scales, auto pairs) JAXMOE_LAMBDA {
         decode_group(superblock, group, tiles + s * kDecodedBytes, scales, pairs);
       });

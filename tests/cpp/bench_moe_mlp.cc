@@ -2,9 +2,9 @@
 //
 //   bench_moe_mlp VARIANT[:COMPUTE][:TACTIC][,...] FORMAT f32|bf16 THREADS T... [-- H I E k]
 //
-// One layer (by default of Qwen3-30B-A3B), larger than the caches; every repetition has another
-// routing, which all contestants take in turn. Prints the median time, the packed weight bytes of
-// the experts touched per second, and the arithmetic rate.
+// One layer (by default of Qwen3-30B-A3B), larger than the caches; contestants take turns, and
+// every call has another routing. Prints the median time, the packed weight bytes of the experts
+// touched per second, and the arithmetic rate.
 #include <sys/mman.h>
 #include <time.h>
 
@@ -64,6 +64,7 @@ struct Contestant {
   Tactic tactic = Tactic::kAuto;
   std::vector<uint8_t> workspace = {};
   std::vector<double> times = {}, cpu_times = {};
+  double bytes = 0;  // of the experts that all calls together touched
 };
 
 double median(std::vector<double> values) {
@@ -93,22 +94,24 @@ void measure(std::vector<Contestant> contestants, MoeMlpArgs args, int64_t token
     one.workspace.resize(moe_mlp_workspace_bytes(*one.kernels, one.compute, args.dtype, shape));
   }
 
-  double bytes = 0;
+  const auto expert_bytes = static_cast<double>(gate_up_bytes(args.format, args.activation, shape) +
+                                                down_bytes(args.format, shape));
   size_t count = 0;
   const auto begin = std::chrono::steady_clock::now();
   for (int rep = 0; rep < 400; ++rep) {
-    std::vector<int32_t> ids;
-    std::set<int32_t> touched;
-    for (int64_t t = 0; t < tokens; ++t) {
-      std::set<int32_t> chosen;
-      while (static_cast<int64_t>(chosen.size()) < shape.top_k) {
-        chosen.insert(static_cast<int32_t>(random() % shape.num_experts));
-      }
-      ids.insert(ids.end(), chosen.begin(), chosen.end());
-      touched.insert(chosen.begin(), chosen.end());
-    }
-    args.expert_ids = ids.data();
     for (Contestant& one : contestants) {
+      // Its own routing: weights that another one has just read would be in a cache.
+      std::vector<int32_t> ids;
+      std::set<int32_t> touched;
+      for (int64_t t = 0; t < tokens; ++t) {
+        std::set<int32_t> chosen;
+        while (static_cast<int64_t>(chosen.size()) < shape.top_k) {
+          chosen.insert(static_cast<int32_t>(random() % shape.num_experts));
+        }
+        ids.insert(ids.end(), chosen.begin(), chosen.end());
+        touched.insert(chosen.begin(), chosen.end());
+      }
+      args.expert_ids = ids.data();
       args.kernels = one.kernels;
       args.compute = one.compute;
       args.tactic = one.tactic;
@@ -121,16 +124,13 @@ void measure(std::vector<Contestant> contestants, MoeMlpArgs args, int64_t token
       if (rep < 2) continue;
       one.cpu_times.push_back(cpu_stop - cpu_start);
       one.times.push_back(std::chrono::duration<double>(stop - start).count());
+      one.bytes += static_cast<double>(touched.size()) * expert_bytes;
     }
     if (rep < 2) continue;
     ++count;
-    bytes += static_cast<double>(touched.size()) *
-             static_cast<double>(gate_up_bytes(args.format, args.activation, shape) +
-                                 down_bytes(args.format, shape));
     const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - begin;
     if (count >= 3 && spent.count() > seconds) break;
   }
-  bytes /= static_cast<double>(count);
   const double flops =
       6.0 * static_cast<double>(tokens * shape.top_k * shape.hidden_size * shape.intermediate_size);
   for (const Contestant& one : contestants) {
@@ -141,8 +141,9 @@ void measure(std::vector<Contestant> contestants, MoeMlpArgs args, int64_t token
         one.label.c_str(), format_name(args.format), args.dtype == Dtype::kF32 ? "f32 " : "bf16",
         static_cast<long>(tokens), time * 1e3,
         *std::min_element(one.times.begin(), one.times.end()) * 1e3, median(one.cpu_times) * 1e3,
-        *std::min_element(one.cpu_times.begin(), one.cpu_times.end()) * 1e3, bytes / time / 1e9,
-        flops / time / 1e9, count, static_cast<double>(one.workspace.size()) / 1e6);
+        *std::min_element(one.cpu_times.begin(), one.cpu_times.end()) * 1e3,
+        one.bytes / static_cast<double>(count) / time / 1e9, flops / time / 1e9, count,
+        static_cast<double>(one.workspace.size()) / 1e6);
   }
   std::fflush(stdout);
 }
