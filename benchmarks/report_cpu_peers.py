@@ -164,21 +164,22 @@ def readme(rows: Rows, image: str) -> str:
         for name, compute in _kinds(select(rows, format=weight_format))
         if name != benchmark.BASELINE or weight_format == formats[0]  # bf16 in both
     ]
-    head = ["tokens", *(_head(*column) for column in columns)]
+    counts = sorted({row["T"] for row in rows})
 
-    def line(t: int) -> list[str]:
+    def line(weight_format: str, name: str, compute: str) -> list[str]:
         cells = []
-        for weight_format, name, compute in columns:
+        for t in counts:
             wanted = {"format": weight_format, "implementation": name, "compute": compute, "T": t}
             text = cell(rows, next(iter(select(rows, **wanted)), None))
             cells.append(text if name in LIBRARIES else f"**{text}**")
-        return [str(t), *cells]
+        return [_head(weight_format, name, compute), *cells]
 
-    body = [line(t) for t in sorted({r["T"] for r in rows})]
+    head = ["", *(f"T = {t}" for t in counts)]
+    body = [line(*column) for column in columns]
     return (
         f"One {README_LAYER} layer on {rows[0]['device']}, milliseconds, medians of one "
-        "interleaved run with cold weights; in brackets\nhow many times longer than jaxmoe:\n\n"
-        f"{_markdown(head, 0, body)}\n{_notes(rows)}\n"
+        "interleaved run with cold weights; in brackets\nhow many times longer than jaxmoe's w4a16:\n\n"
+        f"{_markdown(head, 1, body)}\n{_notes(rows)}\n"
         "All layers: `docs/performance.md`; how it is measured: `benchmarks/README.md`.\n\n"
         f"![Times of the expert MLP on this CPU beside other libraries]({image})\n"
     )
@@ -187,11 +188,11 @@ def readme(rows: Rows, image: str) -> str:
 def performance(rows: Rows) -> str:
     """The part of docs/performance.md: every row."""
     counts = sorted({row["T"] for row in rows})
-    head = ["layer", "format", "implementation", *(f"T = {t}" for t in counts)]
-    body = [[*key[:3], *cells] for key, cells in _lines(rows)]
+    head = ["layer", "format", "implementation", "compute", *(f"T = {t}" for t in counts)]
+    body = [[*key, *cells] for key, cells in _lines(rows)]
     return (
-        f"{rows[0]['device']}, milliseconds (times longer than jaxmoe).\n\n"
-        f"{_markdown(head, 3, body)}\n"
+        f"{rows[0]['device']}, milliseconds (times longer than jaxmoe's w4a16).\n\n"
+        f"{_markdown(head, 4, body)}\n"
         f"{_notes(rows)}\n"
     )
 
