@@ -178,7 +178,8 @@ def readme(rows: Rows, image: str) -> str:
     body = [line(*column) for column in columns]
     return (
         f"One {README_LAYER} layer on {rows[0]['device']}, milliseconds, medians of one "
-        "interleaved run with cold weights; in brackets\nhow many times longer than jaxmoe's w4a16:\n\n"
+        "interleaved run with cold weights; in brackets\n"
+        "how many times longer than jaxmoe's w4a16:\n\n"
         f"{_markdown(head, 1, body)}\n{_notes(rows)}\n"
         "All layers: `docs/performance.md`; how it is measured: `benchmarks/README.md`.\n\n"
         f"![Times of the expert MLP on this CPU beside other libraries]({image})\n"
