@@ -41,7 +41,7 @@ from jaxmoe.benchmark import data, runner, timing
 
 HERE = Path(__file__).parent
 VENV = Path.home() / ".cache" / "jaxmoe" / "cpu-peers"
-OURS = ("jaxmoe", "jaxmoe-w4a8", "ragged_dot")
+OURS = ("jaxmoe", "jaxmoe-w4a8", "jaxmoe-avx2", "ragged_dot")
 """Run by the Python that runs this; the others by that of `--venv`."""
 
 DEFAULT = ("jaxmoe", "llama.cpp", "ik_llama.cpp", "vllm", "ragged_dot")

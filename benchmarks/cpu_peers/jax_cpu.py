@@ -71,6 +71,7 @@ class Jaxmoe(_Jitted):
     """`jaxmoe.moe_mlp` over weights that `jaxmoe.prepare` made."""
 
     asked = "auto"
+    variant: str | None = None  # the machine's best
 
     def __init__(self, problem: Problem):
         layer = benchmark.Layer(
@@ -79,10 +80,11 @@ class Jaxmoe(_Jitted):
         )  # fmt: skip
         asked = benchmark.layer_problem(layer, problem.weight_format, self.dtype, self.asked)
         try:
-            chosen = kernels.select(asked)
+            chosen = kernels.select(asked, self.variant)
         except UnsupportedError as error:
+            which = f"{self.variant} does not compute" if self.variant else "no variant computes"
             raise NotOfferedError(
-                f"no variant computes {self.asked} here: `jaxmoe explain` has the reasons"
+                f"{which} {self.asked} here: `jaxmoe explain` has the reasons"
             ) from error
         self.name, self.compute = str(chosen.selected), str(chosen.compute)
         if self.asked not in ("auto", self.compute):
@@ -93,7 +95,9 @@ class Jaxmoe(_Jitted):
             jax.block_until_ready(prepare(experts, self.name, compute=self.compute))
             for _ in range(problem.weight_sets)
         ]
-        function = jax.jit(functools.partial(jaxmoe.moe_mlp, compute=self.asked))
+        function = jax.jit(
+            functools.partial(jaxmoe.moe_mlp, compute=self.asked, implementation=self.variant)
+        )
         super().__init__(problem, function, sets)
 
 
@@ -101,6 +105,12 @@ class JaxmoeW4A8(Jaxmoe):
     """The same with activations of 8 bits."""
 
     asked = "w4a8"
+
+
+class JaxmoeAvx2(Jaxmoe):
+    """As on a machine without AVX-512."""
+
+    variant = "cpu_avx2"
 
 
 class RaggedDot(_Jitted):

@@ -28,6 +28,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "jaxmoe": ("jax_cpu", "Jaxmoe"),
         "jaxmoe-w4a8": ("jax_cpu", "JaxmoeW4A8"),
+        "jaxmoe-avx2": ("jax_cpu", "JaxmoeAvx2"),
         "llama.cpp": ("llama_cpp_python", "LlamaCpp"),
         "ik_llama.cpp": ("ik_llama_cpp", "IkLlamaCpp"),
         "vllm": ("vllm_cpu", "Vllm"),
