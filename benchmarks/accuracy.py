@@ -57,6 +57,7 @@ def int8(block: int) -> judge.Arithmetic:
     def rows(x):
         blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
         unit = np.abs(blocks).max(-1, keepdims=True) / 127
+        unit = np.where(unit == 0, 1, unit)
         return (np.rint(blocks / unit) * unit).reshape(x.shape), 1.0
 
     return judge.Arithmetic(rows, exact, exact)

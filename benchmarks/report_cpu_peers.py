@@ -73,7 +73,7 @@ def ratio(rows: Rows, row: Mapping[str, Any]) -> float | None:
         for r in rows
         if ours(r) and r["compute"] == "w4a16" and all(r[key] == row[key] for key in same)
     ]
-    return row["us"] / us[0] if us and not ours(row) else None
+    return row["us"] / min(us) if us and not ours(row) else None
 
 
 def cell(rows: Rows, row: Mapping[str, Any] | None) -> str:

@@ -226,7 +226,7 @@ def test_the_peak_of_float8_is_that_of_w4a8_only():
 
 def test_what_no_variant_can_run_is_said_in_one_sentence():
     (skipped,) = benchmark.measure_layer(
-        TINY, "mxfp4", [2], machine=MACHINE, budget=0.02, compute="w4a8", implementations=["auto"]
+        TINY, "nvfp4", [2], machine=MACHINE, budget=0.02, compute="w4a4", implementations=["auto"]
     )
     assert isinstance(skipped, Skipped)
     assert re.fullmatch(

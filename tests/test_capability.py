@@ -542,10 +542,11 @@ class TestInputScales:
             ("h100", "nvfp4", "auto", None, "ignored: sm90_w4a16 reads activations as they are"),
             ("h100", "mxfp4", "w4a8", None, "sm90_w4a8 quantises activations by them"),
             ("cpu", "nvfp4", "auto", "xla", "ignored: xla reads activations as they are"),
+            ("cpu", "nvfp4", "w4a8", "cpu_avx2", "ignored: cpu_avx2 finds the scales of"),
         ],
     )
     def test_explain_says_what_becomes_of_them(self, name, weight_format, compute, variant, words):
-        machine = target(name, GPU_VARIANTS)
+        machine = target(name, (*GPU_VARIANTS, *CPU_VARIANTS))
         ask = problem(weight_format, compute, input_scales=True)
         found = resolve(ask, machine, variant)
         assert found.input_scales.startswith(words)

@@ -360,6 +360,14 @@ def test_weights_prepared_for_other_arithmetic_are_refused_with_the_way_out():
             jaxmoe.prepare(experts("nvfp4"), "sm90_w4a8", compute="w4a8")
 
 
+def test_no_way_out_is_offered_that_would_be_refused():
+    """xla reads canonical weights alone; another arithmetic does not change that."""
+    prepared = jaxmoe.prepare(experts("nvfp4"), "cpu_portable")
+    with pytest.raises(ValueError, match="prepared in layout 'panel32'") as caught:
+        mlp(prepared, "xla")
+    assert "to use them as they are" not in str(caught.value)
+
+
 @pytest.mark.usefixtures("hopper_library")
 def test_gradients_of_w4a8_are_those_of_the_weights_that_it_multiplies(monkeypatch):
     """Straight through the rounding of activations; the kernel's place is taken by xla."""

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from cpu_peers.problem import BLOCK_SIZE, Problem, use_huge_pages
+from cpu_peers.problem import BLOCK_SIZE, NotOfferedError, Problem, use_huge_pages
 
 F32, I32 = 0, 26  # enum ggml_type
 TYPES: Mapping[str, int] = MappingProxyType({"mxfp4": 39, "nvfp4": 40})
@@ -72,7 +72,10 @@ class Ggml:
     def __init__(self, libraries: Sequence[Path], prototypes: Prototypes):
         loaded = [ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL) for path in libraries]
         for name, (result, arguments) in {**_PROTOTYPES, **prototypes}.items():
-            function = next(getattr(lib, name) for lib in loaded if hasattr(lib, name))
+            found = [getattr(lib, name) for lib in loaded if hasattr(lib, name)]
+            if not found:
+                raise NotOfferedError(f"{libraries[-1].name} has no {name}: another version?")
+            function = found[0]
             function.restype, function.argtypes = result, arguments
             setattr(self, name.removeprefix("ggml_"), function)
 

@@ -1,8 +1,9 @@
 // Ragged matmul on packed FP4 weights: rows of group g = group_offset + e are multiplied by expert
 // e's W[N, K]^T; rows of other groups and rows past the groups are zero.
 //
-//   zero  rows outside the local groups (a prefix and a suffix) row ranges gemm  per segment of a
-//   group's rows: gather x, then per panel multiply, scale, bias -> out      (segment, panel)
+// - zero, by ranges of rows: those outside the local groups (a prefix and a suffix)
+// - gemm, by (segment, panel): gather a group's rows of x, then per panel multiply, scale, add the
+//   bias, store
 #ifndef JAXMOE_CSRC_CPU_GROUPED_MATMUL_H_
 #define JAXMOE_CSRC_CPU_GROUPED_MATMUL_H_
 

@@ -227,7 +227,7 @@ struct Int8 {
   }
 
  private:
-  // e is the biased exponent less 133. With the largest the offset is just finite.
+  // e is the biased exponent less 133. With the largest the offset is finite.
   static constexpr int32_t kSmallest = 8, kLargest = 237;
   static constexpr int32_t kRoom = 0x800000 - 0x7f0000;  // from 127.5 units on
 

@@ -1,7 +1,8 @@
 // Panel x rows on bf16 tiles: 16 rows x 32 k of activations times 32 k x 16 lanes of weights,
 // summed in f32.
 //
-// A chunk of 1 to 4 superblocks is decoded into L1 (4 to 16 KB) as tiles of weights, 1 KB per 32 k
+// A chunk of 1 to 4 superblocks is decoded into L1 (4 to 16 KB, twice where the next one is decoded
+// meanwhile) as tiles of weights, 1 KB per 32 k
 // and 16 lanes, dword (k pair, lane) holding the bf16 pair (j, j + 4) of its group of eight. Then
 // Multiply, who asks for the chunks, runs over the row tiles; unless its registers hold the
 // products of all rows, they rest in c (L1/L2) between chunks. e2m1 times its block scale has at

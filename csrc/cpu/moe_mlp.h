@@ -1,10 +1,10 @@
 // The MoE MLP on packed FP4 weights: out[t] = sum over j of weights[t,j] (down(act(gate_up(x[t]) +
 // b1)) + b2).
 //
-//   sort     (token, choice) pairs of a chunk of tokens by expert; cut into segments of rows one
-//   task gate_up  per segment: gather x, then per panel multiply, scale, bias, activation ->
-//   workspace     (segment, panel) down     per group of output columns, all segments in order:
-//   multiply, weighted sum -> out        column groups
+// - sort, one task: (token, choice) pairs of a chunk of tokens by expert; cut into segments of rows
+// - gate_up, by (segment, panel): gather x, then per panel multiply, scale, bias, activation ->
+//   workspace
+// - down, by groups of output columns: all segments in order, multiply, weighted sum -> out
 //
 // A column group belongs to one task and takes experts in ascending order, so that every sum has
 // one fixed order and no two threads write the same output. The workspace holds the activations of

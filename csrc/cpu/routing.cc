@@ -62,7 +62,7 @@ int64_t SegmentRule::hidden_bytes_bound(int64_t rows, int64_t experts) const {
   }
   // A partial tile for each expert with enough rows for tiles.
   const int64_t least = any ? int64_t{std::max(max_integer_rows, max_stream_rows)} + 1 : 1;
-  if (many == RowForm::kTiles)
+  if (many == RowForm::kTiles && whole_tiles)
     bound += std::min(experts, rows / least) * (TileRows::kTileRows - 1) * bytes;
   return bound;
 }

@@ -17,7 +17,7 @@
 namespace jaxmoe::cpu {
 namespace {
 
-constexpr int kTokens = 40, kHidden = 96, kIntermediate = 64, kExperts = 3, kChoices = 2;
+constexpr int kTokens = 40, kHidden = 288, kIntermediate = 64, kExperts = 3, kChoices = 2;
 // bf16 activations and results: 2^-9 of each value at most, and less on average.
 constexpr double kTolerance = 8e-3;
 

@@ -80,18 +80,20 @@ def resolve(
         degraded_from=problem.declared if degraded else None,
         selected_by="auto" if names is None else "request",
         evidence=f"{row.evidence} ({row.record})" if row.record else row.evidence,
-        input_scales=_input_scales(row, problem),
+        input_scales=_input_scales(row, problem, compute),
         **common,
     )
 
 
-def _input_scales(row: Row, problem: Problem) -> str:
+def _input_scales(row: Row, problem: Problem, compute: str) -> str:
     """What becomes of the weights' static input scales; "" where there are none."""
     if not problem.input_scales:
         return ""
     if row.input_scales:
         return f"{row.variant} quantises activations by them"
-    return f"ignored: {row.variant} reads activations as they are"
+    if compute == "w4a16":
+        return f"ignored: {row.variant} reads activations as they are"
+    return f"ignored: {row.variant} finds the scales of activations itself"
 
 
 def explain(problem: Problem, target: Target, request: Request = None) -> str:

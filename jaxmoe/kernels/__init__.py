@@ -143,8 +143,12 @@ def lay_out(weights: Any, resolution: Resolution, gated: bool) -> Any:
         return weights
     if have != CANONICAL:
         compute = resolution.compute
-        readers = {c for r in TABLE if r.layout == have and not r.never for _, c in r.arithmetic}
-        others = sorted(readers - {compute})
+        readers = [
+            {c for _, c in r.arithmetic}
+            for r in TABLE
+            if r.layout == have and not r.never and row.platform in (None, r.platform)
+        ]
+        others = sorted(set().union(*(c for c in readers if compute not in c)))
         as_they_are = [f"compute={c!r} to use them as they are" for c in others]
         ways_out = ["the canonical weights", f"prepare(weights, {row.variant!r}, {compute=})"]
         raise ValueError(

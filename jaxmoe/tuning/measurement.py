@@ -19,8 +19,8 @@ from jaxmoe.experts import ExpertWeights
 from jaxmoe.ops import moe_mlp
 from jaxmoe.tuning.choice import override
 
-# Tactics of one variant do the same arithmetic in another order, or on 16-bit integers: bfloat16
-# roundings apart.
+# Tactics of one variant do the same arithmetic in another order, or hold bfloat16 as 16-bit
+# integers: bfloat16 roundings apart.
 _TOLERANCE = 1e-2
 
 
