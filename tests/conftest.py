@@ -13,7 +13,7 @@ import pytest
 # LLVM optimises XLA's programs little in these modules, where it would take longer than all else;
 # XLA's own passes are the same. The other modules compile as users do, those among them that want
 # XLA's numbers bit by bit. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 all of them do.
-COMPILED_QUICKLY = {"test_models", "test_ops_gradients", "test_ops_transforms"}
+COMPILED_QUICKLY = {"test_families", "test_models", "test_ops_gradients", "test_ops_transforms"}
 VARIABLE = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 GIVEN = os.environ.get(VARIABLE)
 
