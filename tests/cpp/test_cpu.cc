@@ -348,8 +348,9 @@ void test_shapes() {
        {MoeMlpShape{1, 64, 32, 4, 2}, MoeMlpShape{2, 32, 64, 3, 3}, MoeMlpShape{0, 64, 64, 2, 1},
         MoeMlpShape{37, 160, 224, 4, 2}, MoeMlpShape{600, 96, 32, 3, 2},
         MoeMlpShape{4, 352, 96, 1, 1}, MoeMlpShape{130, 64, 160, 2, 2},
-        MoeMlpShape{5, 1056, 544, 2, 1}, MoeMlpShape{70, 352, 224, 1, 1},
-        MoeMlpShape{110, 672, 352, 1, 1}}) {  // the last two: several chunks of weights
+        MoeMlpShape{5, 1056, 544, 2, 1}, MoeMlpShape{70, 352, 32, 1, 1},
+        // more than a chunk of weights
+        MoeMlpShape{97, 352, 32, 1, 1}, MoeMlpShape{97, 32, 352, 1, 1}}) {
     for (const Format format : {Format::kNvfp4, Format::kMxfp4}) {
       for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
         Case c;
