@@ -862,7 +862,7 @@ void test_int8() {
 }
 
 // The thread's floating-point mode must not reach the result, and must be as before.
-void test_float_mode(Compute compute) {
+void test_float_mode([[maybe_unused]] Compute compute) {
 #if defined(__x86_64__)
   constexpr unsigned kDefault = 0x1f80, kFlushing = 0x9fc0;
   Case c;
