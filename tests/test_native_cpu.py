@@ -435,12 +435,12 @@ def test_grouped_matmul_matches_float64(variant, dtype, fmt, offset):
 
 
 def test_tactics_are_those_that_a_variant_has_kernels_for():
-    """In either arithmetic."""
-    assert {name: set(entry["tactics"]) for name, entry in MANIFEST["variants"].items()} == {
-        name: {"stream", "tiles"} | ({"integer"} if name in INTEGER["w4a8"] else set())
-        for name in MANIFEST["variants"]
-    }
-    for entry in MANIFEST["variants"].values():
+    for name, entry in MANIFEST["variants"].items():
+        assert {compute: set(tactics) for compute, tactics in entry["computes"].items()} == {
+            compute: {"stream", "tiles"} | ({"integer"} if name in INTEGER[compute] else set())
+            for compute in COMPUTES
+        }
+        assert set(entry["tactics"]) == set().union(*entry["computes"].values())
         assert set(entry["tactics"].values()) == {0}  # bytes of shared memory
 
 

@@ -39,13 +39,17 @@ nb::dict manifest() {
     nb::dict entry;
     entry["features"] = required_features(variant);
     entry["layout"] = "panel32";
-    nb::dict tactics;
+    nb::dict tactics, computes;
     for (const Compute compute : kComputes) {
+      nb::list names;
       for (const Tactic tactic : named_tactics(*kernels(variant), compute)) {
         tactics[tactic_name(tactic)] = 0;  // bytes of shared memory, as GPU libraries state them
+        names.append(tactic_name(tactic));
       }
+      computes[compute_name(compute)] = names;
     }
     entry["tactics"] = tactics;
+    entry["computes"] = computes;  // which of them each arithmetic has
     variants[variant_name(variant)] = entry;
   }
   return jaxmoe::library_manifest(kAbi, "cpu", variants);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -153,7 +152,8 @@ def _numbers(row: Row, weight_format: str) -> list[dict[str, Any]]:
 
     found = []
     with jax.default_device(_device(row)):
-        for tactic, compute in itertools.product(("", *kernels.tactics(row.variant)), computes):
+        ways = [(c, t) for c in computes for t in ("", *kernels.tactics(row.variant, c))]
+        for compute, tactic in ways:
             attributes = {"tactic": tactic} if tactic else {}
             if len(computes) > 1:
                 attributes["compute"] = compute

@@ -73,13 +73,21 @@ def with_tactic(resolution: Resolution) -> Resolution:
     return dataclasses.replace(resolution, tactic=choice.tactic, tactic_by=choice.why)
 
 
-def tactics(variant: str) -> Mapping[str, int]:
+def tactics(variant: str, compute: str | None = None) -> Mapping[str, int]:
     """What the library can be told to take for a variant, with its bytes of shared memory.
 
     Empty for a variant that has no choice, or whose library is not built. A CPU's take 0 bytes.
+
+    Args:
+      variant: the kernel variant.
+      compute: its arithmetic, where a variant has several with tactics of their own; None: all.
     """
     manifest = _manifest(variant)
-    return manifest["variants"].get(variant, {}).get("tactics", {}) if manifest else {}
+    stated = manifest["variants"].get(variant, {}) if manifest else {}
+    found = stated.get("tactics", {})
+    if compute is None or "computes" not in stated:
+        return found
+    return {name: found[name] for name in stated["computes"][compute]}
 
 
 def build_id(variant: str) -> str:
@@ -94,7 +102,7 @@ def _manifest(variant: str) -> Mapping[str, Any]:
 
 
 def _choice(key: tuning.Key) -> tuning.Choice:
-    names = tuple(tactics(key.variant))
+    names = tuple(tactics(key.variant, key.compute))
     return tuning.lookup(key, names, build_id(key.variant) if names else "")
 
 

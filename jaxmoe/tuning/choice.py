@@ -80,9 +80,9 @@ def lookup(key: Key, tactics: Collection[str], build: str) -> Choice:
     if forced is not None:
         if forced and forced not in tactics:
             raise ValueError(
-                f"tactic must be one that {key.variant} has ({', '.join(tactics) or 'none'}), got "
-                f"{forced!r} from jaxmoe.tuning.override; leave that out, or pass an "
-                "implementation that has the tactic"
+                f"tactic must be one that {key.variant} has for {key.compute} "
+                f"({', '.join(tactics) or 'none'}), got {forced!r} from jaxmoe.tuning.override; "
+                "leave that out, or pass an implementation that has the tactic"
             )
         return Choice(forced, "forced by jaxmoe.tuning.override")
     if not tactics:

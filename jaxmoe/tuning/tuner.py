@@ -111,7 +111,7 @@ def tune(
         )
     problem = layer_problem(layer, weight_format, dtype, compute)
     resolution = kernels.select(problem, implementation)
-    tactics = kernels.tactics(resolution.variant)
+    tactics = kernels.tactics(resolution.variant, resolution.compute)
     if not tactics:
         raise TuningError(
             f"{resolution.selected}, which runs {weight_format} weights on {resolution.target}, "

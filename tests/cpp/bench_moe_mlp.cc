@@ -2,9 +2,10 @@
 //
 //   bench_moe_mlp VARIANT[:COMPUTE][:TACTIC][,...] FORMAT f32|bf16 THREADS T... [-- H I E k]
 //
-// One layer (by default of Qwen3-30B-A3B), larger than the caches; contestants take turns, and
-// every call has another routing. Prints the median time, the packed weight bytes of the experts
-// touched per second, and the arithmetic rate.
+// One layer (by default of Qwen3-30B-A3B), larger than the caches; contestants and numbers of
+// tokens take turns, and every call has another routing. Prints the median time, the packed weight
+// bytes of the experts touched per second, the arithmetic rate, and tokens per second: the median
+// of the turns, and that of their ratios to the number of tokens before. SECONDS_PER_CASE (2).
 #include <sys/mman.h>
 #include <time.h>
 
@@ -62,9 +63,16 @@ struct Contestant {
   const Kernels* kernels;
   Compute compute = Compute::kW4a16;
   Tactic tactic = Tactic::kAuto;
+};
+
+// A contestant at one number of tokens.
+struct Case {
+  const Contestant* contestant;
+  int64_t tokens;
   std::vector<uint8_t> workspace = {};
   std::vector<double> times = {}, cpu_times = {};
-  double bytes = 0;  // of the experts that all calls together touched
+  std::vector<double> rates = {};  // tokens per second of each turn
+  double bytes = 0;                // of the experts that all calls together touched
 };
 
 double median(std::vector<double> values) {
@@ -72,12 +80,73 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-void measure(std::vector<Contestant> contestants, MoeMlpArgs args, int64_t tokens,
-             Executor* executor, double seconds) {
+double best(const std::vector<double>& values) {
+  return *std::min_element(values.begin(), values.end());
+}
+
+// Of the rates of two cases in the same turns.
+double median_ratio(const std::vector<double>& rates, const std::vector<double>& to) {
+  std::vector<double> ratios(rates.size());
+  for (size_t i = 0; i < ratios.size(); ++i) ratios[i] = rates[i] / to[i];
+  return median(ratios);
+}
+
+struct Routing {
+  std::vector<int32_t> ids;
+  size_t experts = 0;
+};
+
+Routing random_routing(const MoeMlpShape& shape, Random& random) {
+  Routing routing;
+  std::set<int32_t> touched;
+  for (int64_t t = 0; t < shape.tokens; ++t) {
+    std::set<int32_t> chosen;
+    while (static_cast<int64_t>(chosen.size()) < shape.top_k) {
+      chosen.insert(static_cast<int32_t>(random() % shape.num_experts));
+    }
+    routing.ids.insert(routing.ids.end(), chosen.begin(), chosen.end());
+    touched.insert(chosen.begin(), chosen.end());
+  }
+  routing.experts = touched.size();
+  return routing;
+}
+
+// One call of `one`, with a routing of its own: weights that another call has just read would be
+// in a cache. Returns its seconds.
+double call(Case& one, MoeMlpArgs args, Executor* executor, Random& random, bool record) {
+  args.shape.tokens = one.tokens;
+  const Routing routing = random_routing(args.shape, random);
+  args.expert_ids = routing.ids.data();
+  args.kernels = one.contestant->kernels;
+  args.compute = one.contestant->compute;
+  args.tactic = one.contestant->tactic;
+  args.workspace = one.workspace.data();
+  const double cpu_start = cpu_seconds();
+  const auto start = std::chrono::steady_clock::now();
+  if (!moe_mlp(args, executor)) std::abort();
+  const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+  const double cpu_time = cpu_seconds() - cpu_start;
+  if (record) {
+    one.times.push_back(time.count());
+    one.cpu_times.push_back(cpu_time);
+    one.bytes += static_cast<double>(routing.experts) *
+                 static_cast<double>(gate_up_bytes(args.format, args.activation, args.shape) +
+                                     down_bytes(args.format, args.shape));
+  }
+  return time.count();
+}
+
+// Rounds: each number of tokens has a turn in each, and in a turn the contestants alternate. So
+// neither two contestants nor two numbers of tokens are compared across a change of the machine.
+// Turns are of one length, since the median of short ones misses the disturbances that every long
+// one has.
+void measure(const std::vector<Contestant>& contestants, MoeMlpArgs args,
+             const std::vector<int64_t>& token_counts, Executor* executor, double seconds) {
+  constexpr int kMinRounds = 3;
   Random random(1);
-  args.shape.tokens = tokens;
+  const int64_t most = *std::max_element(token_counts.begin(), token_counts.end());
   const MoeMlpShape& shape = args.shape;
-  std::vector<float> values(tokens * shape.hidden_size);
+  std::vector<float> values(most * shape.hidden_size);
   for (float& value : values) value = std::uniform_real_distribution<float>(-1, 1)(random);
   std::vector<uint16_t> narrow(values.size());
   for (size_t i = 0; i < values.size(); ++i) {
@@ -88,64 +157,65 @@ void measure(std::vector<Contestant> contestants, MoeMlpArgs args, int64_t token
   args.x = args.dtype == Dtype::kF32 ? static_cast<void*>(values.data()) : narrow.data();
   std::vector<float> out(values.size());
   args.out = out.data();
-  std::vector<float> weights(tokens * shape.top_k, 1.0f / static_cast<float>(shape.top_k));
+  std::vector<float> weights(most * shape.top_k, 1.0f / static_cast<float>(shape.top_k));
   args.weights = weights.data();
-  for (Contestant& one : contestants) {
-    one.workspace.resize(moe_mlp_workspace_bytes(*one.kernels, one.compute, args.dtype, shape));
+
+  double turn_seconds = 0.3;
+  std::vector<Case> cases;  // the contestants of a number of tokens side by side
+  for (const int64_t tokens : token_counts) {
+    args.shape.tokens = tokens;
+    for (const Contestant& one : contestants) {
+      cases.push_back({&one, tokens});
+      cases.back().workspace.resize(
+          moe_mlp_workspace_bytes(*one.kernels, one.compute, args.dtype, args.shape));
+      turn_seconds =
+          std::max(turn_seconds, call(cases.back(), args, executor, random, /*record=*/false));
+    }
+  }
+  const size_t side = contestants.size();
+  double spent = 0;
+  for (int round = 0; round < kMinRounds || spent < seconds * static_cast<double>(cases.size());
+       ++round) {
+    for (size_t first = 0; first < cases.size(); first += side) {
+      std::vector<double> time(side, 0.0);
+      double turn = 0;
+      int calls = 0;
+      do {
+        for (size_t i = 0; i < side; ++i) {
+          const double elapsed = call(cases[first + i], args, executor, random, /*record=*/true);
+          time[i] += elapsed;
+          turn += elapsed;
+        }
+        ++calls;
+      } while (turn < 0.9 * turn_seconds * static_cast<double>(side));
+      spent += turn;
+      for (size_t i = 0; i < side; ++i) {
+        cases[first + i].rates.push_back(static_cast<double>(cases[first + i].tokens * calls) /
+                                         time[i]);
+      }
+    }
   }
 
-  const auto expert_bytes = static_cast<double>(gate_up_bytes(args.format, args.activation, shape) +
-                                                down_bytes(args.format, shape));
-  size_t count = 0;
-  const auto begin = std::chrono::steady_clock::now();
-  for (int rep = 0; rep < 400; ++rep) {
-    for (Contestant& one : contestants) {
-      // Its own routing: weights that another one has just read would be in a cache.
-      std::vector<int32_t> ids;
-      std::set<int32_t> touched;
-      for (int64_t t = 0; t < tokens; ++t) {
-        std::set<int32_t> chosen;
-        while (static_cast<int64_t>(chosen.size()) < shape.top_k) {
-          chosen.insert(static_cast<int32_t>(random() % shape.num_experts));
-        }
-        ids.insert(ids.end(), chosen.begin(), chosen.end());
-        touched.insert(chosen.begin(), chosen.end());
-      }
-      args.expert_ids = ids.data();
-      args.kernels = one.kernels;
-      args.compute = one.compute;
-      args.tactic = one.tactic;
-      args.workspace = one.workspace.data();
-      const double cpu_start = cpu_seconds();
-      const auto start = std::chrono::steady_clock::now();
-      if (!moe_mlp(args, executor)) std::abort();
-      const auto stop = std::chrono::steady_clock::now();
-      const double cpu_stop = cpu_seconds();
-      if (rep < 2) continue;
-      one.cpu_times.push_back(cpu_stop - cpu_start);
-      one.times.push_back(std::chrono::duration<double>(stop - start).count());
-      one.bytes += static_cast<double>(touched.size()) * expert_bytes;
-    }
-    if (rep < 2) continue;
-    ++count;
-    const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - begin;
-    if (count >= 3 && spent.count() > seconds) break;
-  }
-  const double flops =
-      6.0 * static_cast<double>(tokens * shape.top_k * shape.hidden_size * shape.intermediate_size);
-  for (const Contestant& one : contestants) {
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const Case& one = cases[i];
+    const double flops = 6.0 * static_cast<double>(one.tokens * shape.top_k * shape.hidden_size *
+                                                   shape.intermediate_size);
     const double time = median(one.times);
     std::printf(
         "%-21s %s %s T=%-5ld median %9.3f ms  best %9.3f ms  cpu %9.3f ms (best %9.3f)  %6.1f GB/s "
-        " %7.1f GFLOP/s  (n=%zu, workspace %.1f MB)\n",
-        one.label.c_str(), format_name(args.format), args.dtype == Dtype::kF32 ? "f32 " : "bf16",
-        static_cast<long>(tokens), time * 1e3,
-        *std::min_element(one.times.begin(), one.times.end()) * 1e3, median(one.cpu_times) * 1e3,
-        *std::min_element(one.cpu_times.begin(), one.cpu_times.end()) * 1e3,
-        one.bytes / static_cast<double>(count) / time / 1e9, flops / time / 1e9, count,
-        static_cast<double>(one.workspace.size()) / 1e6);
+        " %7.1f GFLOP/s  %8.1f tokens/s",
+        one.contestant->label.c_str(), format_name(args.format),
+        args.dtype == Dtype::kF32 ? "f32 " : "bf16", static_cast<long>(one.tokens), time * 1e3,
+        best(one.times) * 1e3, median(one.cpu_times) * 1e3, best(one.cpu_times) * 1e3,
+        one.bytes / static_cast<double>(one.times.size()) / time / 1e9, flops / time / 1e9,
+        median(one.rates));
+    if (i >= side) {
+      std::printf(" (x%.3f of T=%ld)", median_ratio(one.rates, cases[i - side].rates),
+                  static_cast<long>(cases[i - side].tokens));
+    }
+    std::printf("  (n=%zu in %zu turns, workspace %.1f MB)\n", one.times.size(), one.rates.size(),
+                static_cast<double>(one.workspace.size()) / 1e6);
   }
-  std::fflush(stdout);
 }
 
 // "VARIANT:COMPUTE:TACTIC"; false, with a message, if there is none or this machine cannot run it.
@@ -224,8 +294,7 @@ int run(int argc, char** argv) {
   args.activation_params = params.data();
   const char* budget = std::getenv("SECONDS_PER_CASE");
   ThreadPool pool(std::atoi(argv[4]));
-  for (const int64_t tokens : token_counts)
-    measure(contestants, args, tokens, &pool, budget ? std::atof(budget) : 2.0);
+  measure(contestants, args, token_counts, &pool, budget ? std::atof(budget) : 2.0);
   return 0;
 }
 
