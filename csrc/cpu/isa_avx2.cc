@@ -78,6 +78,9 @@ struct Isa {
 
   // Four sums of pairs stay within 16 bits: 4 * 2 * 24 * 128 < 2^15.
   static JAXMOE_INLINE __m256i dot_bytes(const Weights& weights, const int8_t* bytes) {
+    // Sixteen registers are too few to keep the broadcasts for the next vector of lanes; loading
+    // them again costs less than what is spilled otherwise.
+    asm volatile("" : "+r"(bytes));
     __m256i sum = _mm256_setzero_si256();
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -95,13 +98,13 @@ struct Isa {
   struct E8m0 {
     F low, high;
     explicit JAXMOE_INLINE E8m0(const uint8_t* p) {
-      const I bytes = (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-      const I exponent = bytes - 127;
-      const I half = exponent >> 1;
-      low = (F)((half + 127) << 23);
-      high = (F)((exponent - half + 127) << 23);
+      const I byte = (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+      const I half = byte << 22 & 0x7f800000;  // byte / 2 as an exponent
+      low = (F)(half + (64 << 23));
+      high = (F)((byte << 23) - half + (63 << 23));
     }
     JAXMOE_INLINE F times(F x) const { return x * low * high; }
+    JAXMOE_INLINE F accumulate(F x, F sum) const { return fma(x * low, high, sum); }
   };
 };
 

@@ -48,6 +48,7 @@ struct Isa {
               _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
               _mm512_set1_epi32(127)))) {}
     JAXMOE_INLINE F times(F x) const { return _mm512_scalef_ps(x, exponent); }
+    JAXMOE_INLINE F accumulate(F x, F sum) const { return times(x) + sum; }
   };
 };
 

@@ -69,6 +69,7 @@ struct Isa {
       high = (F)((exponent - half + 127) << 23);
     }
     JAXMOE_INLINE F times(F x) const { return x * low * high; }
+    JAXMOE_INLINE F accumulate(F x, F sum) const { return times(x) + sum; }
   };
 };
 

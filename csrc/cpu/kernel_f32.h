@@ -48,7 +48,7 @@ struct BlockScale<Isa, Format::kMxfp4> {
   explicit JAXMOE_INLINE BlockScale(const uint8_t* bytes) : scale(bytes) {}
   JAXMOE_INLINE typename Isa::F times(typename Isa::F x) const { return scale.times(x); }
   JAXMOE_INLINE typename Isa::F accumulate(typename Isa::F x, typename Isa::F sum) const {
-    return scale.times(x) + sum;
+    return scale.accumulate(x, sum);
   }
 };
 
