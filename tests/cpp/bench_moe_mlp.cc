@@ -5,12 +5,14 @@
 // One layer (by default of Qwen3-30B-A3B), larger than the caches; contestants and numbers of
 // tokens take turns, and every call has another routing. Prints the median time, the packed weight
 // bytes of the experts touched per second, the arithmetic rate, and tokens per second: the median
-// of the turns, and that of their ratios to the number of tokens before. SECONDS_PER_CASE (2).
+// of the turns, and the mean ratio to the number of tokens before with its standard error.
+// SECONDS_PER_CASE in the environment is 2 unless given; three turns are the least.
 #include <sys/mman.h>
 #include <time.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -18,6 +20,7 @@
 #include <set>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/features.h"
@@ -84,11 +87,14 @@ double best(const std::vector<double>& values) {
   return *std::min_element(values.begin(), values.end());
 }
 
-// Of the rates of two cases in the same turns.
-double median_ratio(const std::vector<double>& rates, const std::vector<double>& to) {
-  std::vector<double> ratios(rates.size());
-  for (size_t i = 0; i < ratios.size(); ++i) ratios[i] = rates[i] / to[i];
-  return median(ratios);
+// Of two cases' rates in the same turns: the mean ratio and its standard error.
+std::pair<double, double> mean_ratio(const std::vector<double>& rates,
+                                     const std::vector<double>& to) {
+  const auto n = static_cast<double>(rates.size());
+  double mean = 0, squares = 0;
+  for (size_t i = 0; i < rates.size(); ++i) mean += rates[i] / to[i] / n;
+  for (size_t i = 0; i < rates.size(); ++i) squares += std::pow(rates[i] / to[i] - mean, 2);
+  return {mean, std::sqrt(squares / (n - 1) / n)};
 }
 
 struct Routing {
@@ -210,7 +216,8 @@ void measure(const std::vector<Contestant>& contestants, MoeMlpArgs args,
         one.bytes / static_cast<double>(one.times.size()) / time / 1e9, flops / time / 1e9,
         median(one.rates));
     if (i >= side) {
-      std::printf(" (x%.3f of T=%ld)", median_ratio(one.rates, cases[i - side].rates),
+      const auto [ratio, error] = mean_ratio(one.rates, cases[i - side].rates);
+      std::printf(" (x%.3f +- %.3f of T=%ld)", ratio, error,
                   static_cast<long>(cases[i - side].tokens));
     }
     std::printf("  (n=%zu in %zu turns, workspace %.1f MB)\n", one.times.size(), one.rates.size(),
