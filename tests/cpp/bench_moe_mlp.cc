@@ -261,7 +261,7 @@ bool parse_contestant(const std::string& text, std::vector<Contestant>& contesta
 }
 
 int run(int argc, char** argv) {
-  if (argc < 6) {
+  if (argc < 6 || std::string(argv[5]) == "--") {
     std::fprintf(stderr,
                  "usage: %s VARIANT[:COMPUTE][:TACTIC][,...] FORMAT f32|bf16 THREADS T... "
                  "[-- H I E k]\n",
