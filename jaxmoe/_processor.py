@@ -24,6 +24,19 @@ def name() -> str:
 @functools.cache
 def _model() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file() and (match := re.search(r"model name\s*:\s*(.+)", info.read_text())):
-        return match.group(1).strip()
-    return platform.processor() or platform.machine()
+    return model(info.read_text()) if info.is_file() else model("")
+
+
+def model(info: str) -> str:
+    """The processor that the text of /proc/cpuinfo describes, as far as it does.
+
+    Its name alone says too little: virtual machines call several generations "AMD EPYC", and an ARM
+    core has none.
+
+    >>> model("cpu family : 25\\nmodel : 17\\nmodel name : AMD EPYC\\n")
+    'AMD EPYC family 25 model 17'
+    """
+    said = dict(re.findall(r"^(.+?)\s*: *(.+?) *$", info, re.MULTILINE))  # of the last core
+    name = said.get("model name") or platform.processor() or platform.machine()
+    fields = ("cpu family", "model", "CPU implementer", "CPU part")
+    return " ".join([name, *(f"{f.split()[-1]} {said[f]}" for f in fields if f in said)])

@@ -17,7 +17,9 @@ IMPLEMENTATIONS = (
     "xla",
     "cpu_portable",
     "cpu_avx2",
+    "cpu_avx_vnni",
     "cpu_avx512",
+    "cpu_avx512_vnni",
     "cpu_avx512_bf16",
     "cpu_amx",
 )

@@ -40,9 +40,18 @@ from jaxmoe.capability.table import ACTIVATIONS, KNOWN_SMS, SMEM_LIMIT
 
 ROOT = pathlib.Path(__file__).parent.parent
 AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c", "avx2"})
-AVX512_BF16 = AVX512 | {"avx512vbmi", "avx512_vnni", "avx512_bf16"}
-EVERY_FEATURE = AVX512_BF16 | {"avx512_fp16", "amx_tile", "amx_bf16"}
-CPU_VARIANTS = ("cpu_amx", "cpu_avx512_bf16", "cpu_avx512", "cpu_avx2", "cpu_portable")
+AVX512_VNNI = AVX512 | {"avx512_vnni"}
+AVX512_BF16 = AVX512_VNNI | {"avx512vbmi", "avx512_bf16"}
+EVERY_FEATURE = AVX512_BF16 | {"avx512_fp16", "amx_tile", "amx_bf16", "avx_vnni"}
+CPU_VARIANTS = (
+    "cpu_amx",
+    "cpu_avx512_bf16",
+    "cpu_avx512_vnni",
+    "cpu_avx512",
+    "cpu_avx_vnni",
+    "cpu_avx2",
+    "cpu_portable",
+)
 GPU_VARIANTS = (
     "sm80_w4a16",
     "sm90_w4a16",
@@ -399,9 +408,13 @@ class TestRequest:
             (EVERY_FEATURE, "bfloat16", "cpu_amx"),
             (EVERY_FEATURE, "float32", "cpu_amx"),
             (AVX512_BF16, "bfloat16", "cpu_avx512_bf16"),
-            (AVX512_BF16, "float32", "cpu_avx512"),
+            (AVX512_BF16, "float32", "cpu_avx512_vnni"),
+            (AVX512_BF16 - {"avx512vbmi"}, "bfloat16", "cpu_avx512_vnni"),
             (AVX512 | {"avx512_bf16"}, "bfloat16", "cpu_avx512"),
+            (AVX512 | {"avx_vnni"}, "bfloat16", "cpu_avx512"),
             (AVX512, "bfloat16", "cpu_avx512"),
+            ({"avx2", "fma", "f16c", "avx_vnni"}, "bfloat16", "cpu_avx_vnni"),
+            ({"avx_vnni", "fma", "f16c"}, "bfloat16", "cpu_portable"),
             ({"avx2", "fma", "f16c"}, "bfloat16", "cpu_avx2"),
             ({"avx2"}, "bfloat16", "cpu_portable"),
             ((), "float32", "cpu_portable"),
@@ -931,10 +944,12 @@ class TestManifest:
             "layout": "panel32",
             "variants": {
                 "cpu_amx": {
-                    "features": sorted(EVERY_FEATURE - {"avx2"}),
+                    "features": sorted(EVERY_FEATURE - {"avx2", "avx_vnni"}),
                 },
                 "cpu_avx512_bf16": {"features": sorted(AVX512_BF16 - {"avx2"})},
+                "cpu_avx512_vnni": {"features": sorted(AVX512_VNNI - {"avx2"})},
                 "cpu_avx512": {"features": sorted(avx512)},
+                "cpu_avx_vnni": {"features": sorted(f32 | {"avx_vnni"})},
                 "cpu_avx2": {"features": sorted(f32)},
                 "cpu_portable": {"features": []},
             },

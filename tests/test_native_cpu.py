@@ -25,7 +25,9 @@ RUNNABLE = [
 ]
 COMPUTES = ["w4a16", "w4a8"]
 # Variants with kernels on integers.
-INTEGER = {"w4a16": {"cpu_avx2", "cpu_avx512_bf16", "cpu_amx"}}
+INTEGER = {
+    "w4a16": {"cpu_avx2", "cpu_avx_vnni", "cpu_avx512_vnni", "cpu_avx512_bf16", "cpu_amx"},
+}
 INTEGER["w4a8"] = INTEGER["w4a16"] | {"cpu_avx512"}
 GATED = {
     "swiglu": True,

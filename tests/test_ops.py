@@ -45,7 +45,9 @@ NEEDS = {
     "xla": "",
     "cpu_portable": "",
     "cpu_avx2": "avx2 fma f16c",
+    "cpu_avx_vnni": "avx2 fma f16c avx_vnni",
     "cpu_avx512": AVX512,
+    "cpu_avx512_vnni": f"{AVX512} avx512_vnni",
     "cpu_avx512_bf16": f"{AVX512} avx512vbmi avx512_vnni avx512_bf16",
     "cpu_amx": f"{AVX512} avx512vbmi avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16",
 }

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jaxmoe
-from jaxmoe import benchmark, capability, kernels, tuning
+from jaxmoe import _processor, benchmark, capability, kernels, tuning
 from jaxmoe.benchmark import TINY
 from jaxmoe.tuning import BUCKETS, Entry, Key, TuningError, bucket, measurement, tables, tuner
 
@@ -313,6 +313,25 @@ def test_a_cpu_is_known_by_its_processor():
     key = Key.of(jaxmoe.explain(problem(), "cpu"))
     assert key.device == benchmark.device_name() != "cpu"
     assert re.search(r", \d+ cores$", key.device)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        (
+            "AMD EPYC family 25 model 17",
+            ["vendor_id\t: AuthenticAMD", "cpu family\t: 25", "model\t\t: 17", "model name\t: AMD EPYC"],
+        ),
+        ("AMD EPYC family 26 model 2", ["cpu family\t: 26", "model : 2", "model name : AMD EPYC "]),
+        ("cpu implementer 0x41 part 0xd40", ["CPU implementer\t: 0x41", "CPU part\t: 0xd40"]),
+        ("cpu", ["model\t\t:", "flags\t\t: fpu vme"]),
+        ("cpu", []),
+    ],
+)  # fmt: skip
+def test_processors_of_one_name_are_told_apart(monkeypatch, name, said):
+    monkeypatch.setattr(_processor.platform, "processor", lambda: "cpu")
+    other = [line.replace("AMD", "Other") for line in said]
+    assert _processor.model("\n".join(["processor\t: 0", *other, "", *said, ""])) == name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -57,6 +57,7 @@ std::vector<std::string> detect() {
   add(avx && bit(leaf7.ebx, 5), "avx2");
   add(avx && bit(leaf1.ecx, 12), "fma");
   add(avx && bit(leaf1.ecx, 29), "f16c");
+  add(avx && bit(leaf7_1.eax, 4), "avx_vnni");
   add(avx512, "avx512f");
   add(avx512 && bit(leaf7.ebx, 30), "avx512bw");
   add(avx512 && bit(leaf7.ebx, 31), "avx512vl");
@@ -82,11 +83,14 @@ std::array<std::vector<std::string>, kNumVariants> make_requirements() {
   const std::vector<std::string> avx2 = {"avx2", "fma", "f16c"};
   const std::vector<std::string> avx512 = {"avx512f",  "avx512bw", "avx512vl",
                                            "avx512dq", "fma",      "f16c"};
-  std::vector<std::string> avx512_bf16 = avx512;
-  avx512_bf16.insert(avx512_bf16.end(), {"avx512vbmi", "avx512_vnni", "avx512_bf16"});
+  std::vector<std::string> avx_vnni = avx2, avx512_vnni = avx512;
+  avx_vnni.push_back("avx_vnni");
+  avx512_vnni.push_back("avx512_vnni");
+  std::vector<std::string> avx512_bf16 = avx512_vnni;
+  avx512_bf16.insert(avx512_bf16.end(), {"avx512vbmi", "avx512_bf16"});
   std::vector<std::string> amx = avx512_bf16;
   amx.insert(amx.end(), {"avx512_fp16", "amx_tile", "amx_bf16"});
-  return {{{}, avx2, avx512, avx512_bf16, amx}};
+  return {{{}, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, amx}};
 }
 
 }  // namespace
@@ -103,8 +107,8 @@ const std::vector<std::string>& required_features(Variant variant) {
 
 std::vector<Variant> built_variants() {
 #if defined(__x86_64__)
-  return {Variant::kAmx, Variant::kAvx512Bf16, Variant::kAvx512, Variant::kAvx2,
-          Variant::kPortable};
+  return {Variant::kAmx,     Variant::kAvx512Bf16, Variant::kAvx512Vnni, Variant::kAvx512,
+          Variant::kAvxVnni, Variant::kAvx2,       Variant::kPortable};
 #else
   return {Variant::kPortable};
 #endif

@@ -1,13 +1,12 @@
-// The sixteen-lane instruction set shared by cpu_avx512, cpu_avx512_bf16 and cpu_amx. Each of their
-// translation units includes it once, so that every instantiation stays inside the unit that may
-// use it.
+// The sixteen-lane instruction set shared by all variants with AVX-512. Each of their translation
+// units includes it once, so that every instantiation stays inside the unit that may use it.
 #ifndef JAXMOE_CSRC_CPU_ISA_AVX512_H_
 #define JAXMOE_CSRC_CPU_ISA_AVX512_H_
 
 #include <immintrin.h>
 
 #include "cpu/epilogue.h"
-#include "cpu/kernel_f32.h"
+#include "cpu/kernel_fixed.h"
 
 namespace jaxmoe::cpu {
 namespace {
@@ -50,6 +49,32 @@ struct Isa {
     JAXMOE_INLINE F times(F x) const { return _mm512_scalef_ps(x, exponent); }
     JAXMOE_INLINE F accumulate(F x, F sum) const { return times(x) + sum; }
   };
+
+  struct Weights {
+    __m512i of[4];
+  };
+
+  static JAXMOE_INLINE Weights load_weights(const uint8_t* codes, int group_bytes) {
+    const __m512i table =
+        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kUnsignedWeights)));
+    const __m512i nibbles = _mm512_set1_epi8(15);
+    Weights weights;
+#pragma GCC unroll 2
+    for (int group = 0; group < 2; ++group) {
+      const __m512i dwords = load_codes(codes + group * group_bytes);
+      const __m512i high = _mm512_and_si512(_mm512_srli_epi16(dwords, 4), nibbles);
+      weights.of[2 * group] = _mm512_shuffle_epi8(table, _mm512_and_si512(dwords, nibbles));
+      weights.of[2 * group + 1] = _mm512_shuffle_epi8(table, high);
+    }
+    return weights;
+  }
+
+  // Four bytes of a row in every lane.
+  static JAXMOE_INLINE __m512i broadcast_four(const int8_t* bytes) {
+    int32_t dword;
+    std::memcpy(&dword, bytes, sizeof(dword));
+    return _mm512_set1_epi32(dword);
+  }
 };
 
 }  // namespace

@@ -16,7 +16,7 @@
 
 #include <type_traits>
 
-#include "cpu/isa_vnni.h"
+#include "cpu/isa_vbmi.h"
 
 namespace jaxmoe::cpu {
 namespace {
@@ -250,8 +250,8 @@ inline void pack_tile_f32(const float* values, int64_t n, const TileRows& tiles,
 template <class Multiply>
 constexpr void fill_tiles(Kernels& table) {
   fill_f32<Isa>(table);
-  fill_fixed<VnniIsa>(table);
-  fill_int8<VnniIsa>(table);
+  fill_fixed<VbmiIsa>(table);
+  fill_int8<VbmiIsa>(table);
   table.panel_tiles[static_cast<int>(Format::kNvfp4)] = &PanelTiles<Format::kNvfp4, Multiply>::run;
   table.panel_tiles[static_cast<int>(Format::kMxfp4)] = &PanelTiles<Format::kMxfp4, Multiply>::run;
   table.pack_tile_f32 = &pack_tile_f32;

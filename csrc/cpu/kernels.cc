@@ -19,8 +19,12 @@ const Kernels* kernels(Variant variant) {
 #if defined(__x86_64__)
     case Variant::kAvx2:
       return &kAvx2Kernels;
+    case Variant::kAvxVnni:
+      return &kAvxVnniKernels;
     case Variant::kAvx512:
       return &kAvx512Kernels;
+    case Variant::kAvx512Vnni:
+      return &kAvx512VnniKernels;
     case Variant::kAvx512Bf16:
       return &kAvx512Bf16Kernels;
     case Variant::kAmx:

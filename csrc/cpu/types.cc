@@ -21,7 +21,8 @@ constexpr std::array<ActivationInfo, kNumActivations> kActivations = {{
 constexpr std::array<const char*, kNumFormats> kFormats = {"nvfp4", "mxfp4"};
 constexpr std::array<const char*, 2> kComputeNames = {"w4a16", "w4a8"};
 constexpr std::array<const char*, kNumVariants> kVariants = {
-    "cpu_portable", "cpu_avx2", "cpu_avx512", "cpu_avx512_bf16", "cpu_amx"};
+    "cpu_portable",    "cpu_avx2",        "cpu_avx_vnni", "cpu_avx512",
+    "cpu_avx512_vnni", "cpu_avx512_bf16", "cpu_amx"};
 constexpr std::array<const char*, 4> kTactics = {"", "integer", "stream", "tiles"};
 
 template <class Enum, class Names>

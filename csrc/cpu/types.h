@@ -21,8 +21,8 @@ enum class Compute { kW4a16, kW4a8 };
 inline constexpr Compute kComputes[] = {Compute::kW4a16, Compute::kW4a8};
 
 // In ascending order of what they ask of the processor.
-enum class Variant { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
-inline constexpr int kNumVariants = 5;
+enum class Variant { kPortable, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };
+inline constexpr int kNumVariants = 7;
 
 // Which kernels of a variant run: chosen by the rows of each expert, or one kind for all.
 enum class Tactic {

@@ -203,8 +203,10 @@ def _arithmetic(compute: str, *weight_formats: str) -> frozenset[tuple[str, str]
 
 
 _HALF = frozenset({"bfloat16", "float16"})
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c"})
-_AVX512_BF16 = _AVX512 | {"avx512vbmi", "avx512_vnni", "avx512_bf16"}
+_AVX512_VNNI = _AVX512 | {"avx512_vnni"}
+_AVX512_BF16 = _AVX512_VNNI | {"avx512vbmi", "avx512_bf16"}
 _W4A16 = _arithmetic("w4a16", "nvfp4", "mxfp4")
 
 
@@ -419,14 +421,26 @@ TABLE: tuple[Row, ...] = (
         "integers, VNNI",
     ),
     _cpu(
+        "cpu_avx512_vnni",
+        _AVX512_VNNI,
+        ("bfloat16", "float32"),
+        "bf16: 16-bit integers, VNNI; f32: AVX-512 FMA; w4a8: 8-bit integers, VNNI",
+    ),
+    _cpu(
         "cpu_avx512",
         _AVX512,
         ("bfloat16", "float32"),
         "f32 lanes, AVX-512 FMA; w4a8: 8-bit integers, byte multiplies",
     ),
     _cpu(
+        "cpu_avx_vnni",
+        _AVX2 | {"avx_vnni"},
+        ("bfloat16", "float32"),
+        "bf16: 16-bit integers, VNNI; f32: AVX2 FMA; w4a8: 8-bit integers, VNNI",
+    ),
+    _cpu(
         "cpu_avx2",
-        frozenset({"avx2", "fma", "f16c"}),
+        _AVX2,
         ("bfloat16", "float32"),
         "f32 lanes, AVX2 FMA; few bf16 rows: 16-bit integers; w4a8: 8-bit integers",
     ),
