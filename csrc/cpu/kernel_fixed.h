@@ -14,8 +14,6 @@
 #ifndef JAXMOE_CSRC_CPU_KERNEL_FIXED_H_
 #define JAXMOE_CSRC_CPU_KERNEL_FIXED_H_
 
-#include <type_traits>
-
 #include "cpu/kernel_f32.h"
 
 namespace jaxmoe::cpu {
@@ -54,8 +52,8 @@ struct PanelFixed {
   static constexpr int kGroupBytes = kPanelLanes * 4;  // eight k of all lanes
   // Vectors of lanes that share a broadcast of the row.
   static constexpr int kTogether = Isa::kVectorsTogether;
-  // As many as leave the sums of two vectors of lanes in 32 registers.
-  static constexpr int kPassRows = std::is_same_v<Block, FixedBlock> ? 4 : 8;
+  // More would not leave the sums of two vectors of lanes in 32 registers.
+  static constexpr int kPassRows = 8;
 
   static void run(const uint8_t* panel, int64_t superblocks, const BlockRows<Block>& a, int rows,
                   float* c) {
