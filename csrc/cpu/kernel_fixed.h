@@ -1,5 +1,5 @@
 // Panel x rows of integers: c[r][lane] = sum_k a[r][k] * scale * e2m1(lane, k). 16-bit integers for
-// a few rows (decode), 8-bit ones for any number (compute="w4a8").
+// a few rows (decode), or for all where nothing else is faster; 8-bit ones for compute="w4a8".
 //
 // A pass of a few rows reads the panel once, from memory if it is the first, with software
 // prefetch. A byte shuffle turns codes into the unsigned bytes 2 e2m1 + 12; integer dot products
