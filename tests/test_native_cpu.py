@@ -510,6 +510,29 @@ def test_a_tactic_is_what_the_library_would_choose_for_such_rows(variant, dtype)
     assert product(100, "") == product(100, "tiles") != product(100, "stream")
 
 
+MOST_INTEGER_ROWS = {"cpu_amx": 4, "cpu_avx512_bf16": 4, "cpu_avx2": 16}
+ANY_ROWS = {"cpu_avx512_vnni", "cpu_avx_vnni"}
+
+
+@pytest.mark.parametrize("variant", sorted(INTEGER["w4a16"] & set(RUNNABLE)))
+def test_up_to_which_row_integers_are_the_librarys_own_choice(variant):
+    """Of 16 bits: what they round shows in some of the results' last bits."""
+    rng = np.random.default_rng(8)
+    weights = Weights(rng, 1, 2048, 1024, "nvfp4")
+    x = rng.standard_normal((300, 1024)).astype(ml_dtypes.bfloat16)
+
+    def product(rows, tactic):
+        overrides = {"tactic": tactic}
+        return run_grouped(variant, x[:rows], weights, [rows], overrides=overrides).tobytes()
+
+    most = MOST_INTEGER_ROWS.get(variant)
+    assert (most is None) == (variant in ANY_ROWS)
+    for rows in [1, most or 300]:
+        assert product(rows, "") == product(rows, "integer") != product(rows, "tiles")
+    if most:
+        assert product(most + 1, "") != product(most + 1, "integer")
+
+
 @pytest.mark.parametrize(("variant", "dtype"), CASES)
 @pytest.mark.parametrize("rows", [1, 8, 9, 100])
 def test_every_tactic_multiplies_the_same_8_bit_integers(variant, dtype, rows):

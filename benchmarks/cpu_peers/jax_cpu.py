@@ -108,7 +108,7 @@ class JaxmoeW4A8(Jaxmoe):
 
 
 class JaxmoeAvx2(Jaxmoe):
-    """As on a machine without AVX-512."""
+    """As on a machine without AVX-512 and AVX-VNNI."""
 
     variant = "cpu_avx2"
 

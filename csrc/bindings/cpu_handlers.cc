@@ -50,11 +50,12 @@ void check_names(Check& check, const Call& call) {
                 "compute must be one of " + cpu::compute_names() + ", got " + quoted(call.compute));
 }
 
-// cpu_avx512_bf16 exists for bf16 activations: with f32 ones it would be cpu_avx512, more slowly.
+// cpu_avx512_bf16 exists for bf16 activations: with f32 ones it would be cpu_avx512_vnni, more
+// slowly.
 void check_dtype(Check& check, Variant variant, const ffi::AnyBuffer& x) {
   check.require(variant != Variant::kAvx512Bf16 || x.element_type() == kBf16,
                 "x must be bf16 for variant 'cpu_avx512_bf16', got " + describe(x) +
-                    "; use 'cpu_avx512' for f32 activations");
+                    "; use 'cpu_avx512_vnni' for f32 activations");
 }
 
 // The tactic of this name that the variant has for `compute`; `out` is where results go.

@@ -52,7 +52,7 @@ struct PanelFixed {
   static constexpr int kGroupBytes = kPanelLanes * 4;  // eight k of all lanes
   // Vectors of lanes that share a broadcast of the row.
   static constexpr int kTogether = Isa::kVectorsTogether;
-  // More would not leave the sums of two vectors of lanes in 32 registers.
+  // Measured: passes of four are 0 to 10 % slower, by the instruction set.
   static constexpr int kPassRows = 8;
 
   static void run(const uint8_t* panel, int64_t superblocks, const BlockRows<Block>& a, int rows,

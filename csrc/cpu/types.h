@@ -20,14 +20,14 @@ enum class Dtype { kF32, kBf16 };
 enum class Compute { kW4a16, kW4a8 };
 inline constexpr Compute kComputes[] = {Compute::kW4a16, Compute::kW4a8};
 
-// In ascending order of what they ask of the processor.
+// From the last to the first: what a processor that can run several should.
 enum class Variant { kPortable, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };
 inline constexpr int kNumVariants = 7;
 
 // Which kernels of a variant run: chosen by the rows of each expert, or one kind for all.
 enum class Tactic {
   kAuto,
-  kInteger,  // integers: of 16 bits, for few rows; of 8 bits where the arithmetic is w4a8
+  kInteger,  // integers: of 16 bits, or of 8 where the arithmetic is w4a8
   kStream,   // weights decoded into registers
   kTiles,    // weights decoded into L1, for many rows
 };

@@ -11,14 +11,16 @@ namespace {
 template <class Base>
 struct WithVnni : Base {
   using I = typename Base::I;
+  using U = typename VectorTypes<Base::kWidth>::U;
   using Weights = typename Base::Weights;
   static constexpr int kVectorsTogether = 2;
 
   static JAXMOE_INLINE void dot(const Weights (&weights)[2], const FixedBlock& x, I (&sums)[2]) {
     I sum0 = {}, sum1 = {};
     add(weights, x.high, sum0, sum1);
-    sum0 = (sum0 << 8) + x.correction;
-    sum1 = (sum1 << 8) + x.correction;
+    const U correction = U{} + static_cast<uint32_t>(x.correction);  // wraps where x has a NaN
+    sum0 = (I)(((U)sum0 << 8) + correction);
+    sum1 = (I)(((U)sum1 << 8) + correction);
     add(weights, x.low, sum0, sum1);
     sums[0] = sum0;
     sums[1] = sum1;

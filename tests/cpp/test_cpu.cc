@@ -586,8 +586,9 @@ void test_grouped_matmul() {
         check_grouped({format, x, out, 50, 40, 96, 4, {3, 0, 20, 17}}, "grouped_matmul");
       }
     }
-    check_grouped({format, Dtype::kF32, Dtype::kF32, 300, 33, 64, 2, {280, 5}},
-                  "grouped_matmul large group");
+    for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+      check_grouped({format, dtype, dtype, 300, 33, 64, 2, {280, 5}}, "grouped_matmul large group");
+    }
     check_grouped({format, Dtype::kF32, Dtype::kF32, 20, 7, 32, 2, {4, 5, 6, 2}, 1},
                   "grouped_matmul offset");
     check_grouped({format, Dtype::kF32, Dtype::kF32, 20, 7, 32, 2, {4, 5, 6, 2}, -1},
